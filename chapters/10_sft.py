@@ -1,0 +1,210 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # Supervised fine-tuning
+#
+# Show the base model good conversations, until it answers instead of rambling on.
+
+# %% tags=["export"]
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tinychat.data.batch import Batch
+from tinychat.dialogue import Rendered
+from tinychat.gpt import GPT
+from tinychat.pretraining import Progress, Result, TrainConfig, pretrain
+from tinychat.runtime.errors import ConfigError, DataError
+
+
+# %% tags=["export"]
+@dataclass(frozen=True)
+class SFTConfig:
+    """What decides a fine-tuning run besides the model and the conversations."""
+
+    epochs: float = 8.0
+    "readings of all conversations"
+    batch: int = 16
+    "packed rows a step"
+    sequence: int = 512
+    "tokens a row; several conversations share one"
+    matrix_lr: float = 2e-3
+    "Muon's peak rate: a tenth of pretraining's, to keep what the base has learned"
+    vector_lr: float = 6e-4
+    "AdamW's peak rate for embeddings and norms"
+    warmup: float = 0.03
+    "share of the steps in which the rates rise"
+    decay: float = 0.9
+    "share of the steps, at the end, in which the rates fall to zero"
+    clip: float = 1.0
+    "largest norm of the whole gradient"
+    seed: int = 0
+    "decides the order of the conversations"
+    precision: str = "bf16"
+    "bf16 or fp32 matrix products"
+    compiled: bool = True
+    "use torch.compile where a C++ compiler is installed"
+    save_minutes: float = 3.0
+    "time between saved states"
+    evaluate_every: int = 50
+    "steps between validations"
+
+    def __post_init__(self) -> None:
+        if not self.epochs > 0:
+            raise ConfigError(f"epochs is {self.epochs}; it must be more than 0.")
+        for name in ("batch", "sequence", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+    def loop(self, steps: int) -> TrainConfig:
+        """The same settings for the training loop of chapter 07."""
+        return TrainConfig(
+            steps=steps,
+            batch=self.batch,
+            sequence=self.sequence,
+            matrix_lr=self.matrix_lr,
+            vector_lr=self.vector_lr,
+            warmup=self.warmup,
+            decay=self.decay,
+            clip=self.clip,
+            seed=self.seed,
+            precision=self.precision,
+            compiled=self.compiled,
+            save_minutes=self.save_minutes,
+            evaluate_every=self.evaluate_every,
+        )
+
+
+# %% tags=["export"]
+def pack(
+    lengths: Sequence[int], room: int, order: Sequence[int], open_rows: int = 64
+) -> list[list[int]]:
+    """Sort conversations into rows of `room` tokens; returns the conversations of each row.
+
+    First fit in the given order: each conversation goes into the first row with enough room left.
+    Only the newest `open_rows` rows stay open, which keeps the work linear and the order random.
+    """
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for number in order:
+        size = min(lengths[number], room)
+        for row in range(max(0, len(rows) - open_rows), len(rows)):
+            if left[row] >= size:
+                rows[row].append(number)
+                left[row] -= size
+                break
+        else:
+            rows.append([number])
+            left.append(room - size)
+    return rows
+
+
+# %% tags=["export"]
+def packed_row(examples: Sequence[Rendered], room: int, pad: int) -> np.ndarray:
+    """Lay conversations one behind another: returns `[4, room]` inputs, targets, mask, segments.
+
+    The last token of a conversation predicts nothing, because what follows it is another
+    conversation. Segment 0 is padding.
+    """
+    row = np.zeros((4, room), dtype=np.int64)
+    row[:2] = pad
+    start = 0
+    for number, example in enumerate(examples, 1):
+        size = min(len(example.tokens), room)
+        part = slice(start, start + size - 1)
+        row[0, part] = example.tokens[: size - 1]
+        row[1, part] = example.tokens[1:size]
+        row[2, part] = example.loss_mask[1:size]
+        row[3, part] = number
+        start += size - 1
+    return row
+
+
+# %% tags=["export"]
+class PackedConversations:
+    """An endless, repeatable stream of packed batches: each epoch in a new order."""
+
+    def __init__(self, examples: Iterable[Rendered], config: SFTConfig, pad: int):
+        # A conversation without a learned token would only take room.
+        self.examples = [e for e in examples if any(e.loss_mask[1 : config.sequence + 1])]
+        if not self.examples:
+            raise DataError("There is no conversation with a reply to learn from; add some.")
+        self.config = config
+        self.pad = pad
+
+    def rows(self, epoch: int) -> list[list[int]]:
+        """Return which conversations share each row in this epoch."""
+        order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.examples))
+        lengths = [len(example.tokens) - 1 for example in self.examples]
+        return pack(lengths, self.config.sequence, order.tolist())
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps for all epochs."""
+        return max(1, round(self.config.epochs * len(self.rows(0)) / self.config.batch))
+
+    def batches(self, start: int = 0, total: int = 0) -> Iterator[Batch]:
+        """Yield batch number `start` and all that follow, for ever."""
+        number, epoch, waiting = 0, 0, []
+        while True:
+            waiting += [(epoch, row) for row in self.rows(epoch)]
+            epoch += 1
+            while len(waiting) >= self.config.batch:
+                now, waiting = waiting[: self.config.batch], waiting[self.config.batch :]
+                if number >= start:
+                    yield self.batch([row for _, row in now])
+                number += 1
+
+    def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
+        """Build the tensors of some rows."""
+        data = np.stack(
+            [
+                packed_row([self.examples[n] for n in row], self.config.sequence, self.pad)
+                for row in rows
+            ]
+        )
+        inputs, targets, mask, segments = torch.from_numpy(data).unbind(1)
+        return Batch(inputs, targets, mask, segments)
+
+
+# %% tags=["export"]
+def finetune(
+    model: GPT,
+    examples: Iterable[Rendered],
+    config: SFTConfig,
+    folder: str | Path,
+    *,
+    pad: int,
+    minutes: float = 0.0,
+    validation: Callable[[], Iterable[Batch]] | None = None,
+    token_bytes_V: torch.Tensor | None = None,
+    resume: bool = False,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Train `model` in place on conversations: pretraining's loop, but only replies carry loss.
+
+    As many steps as `config.epochs` asks for or, with `minutes`, as fit into that time.
+    """
+    stream = PackedConversations(examples, config, pad)
+    return pretrain(
+        model,
+        stream.batches,
+        config.loop(0 if minutes else stream.steps),
+        folder,
+        minutes=minutes,
+        validation={"replies": validation} if validation else None,
+        token_bytes_V=token_bytes_V,
+        resume=resume,
+        on_step=on_step,
+        should_stop=should_stop,
+    )

@@ -1,0 +1,37 @@
+"""Shared by all tests: a failure in a generated module names the chapter line to edit."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tinychat.book.chapter import BookError
+from tinychat.book.where import where
+
+ROOT = Path(__file__).resolve().parents[1]
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are drawn, never shown
+
+
+def edit_here(excinfo: pytest.ExceptionInfo[BaseException], root: Path = ROOT) -> str | None:
+    """Return `edit here: chapters/05_attention.py:47` for the innermost line of a generated module.
+
+    None when the traceback passes through none.
+    """
+    for entry in reversed(excinfo.traceback):
+        path = Path(entry.path)
+        if path.parent == root / "tinychat" and not path.name.startswith("__"):
+            try:
+                return f"edit here: {where(root, f'{path}:{entry.lineno + 1}')}"
+            except BookError:
+                return None
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed and call.excinfo is not None and (line := edit_here(call.excinfo)):
+        # The last section of a report is what a person sees last.
+        report.sections.append(("chapter", line))
+    return report

@@ -1,0 +1,57 @@
+"""Every chapter runs top to bottom as a script, opens as a notebook, and matches its module."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinychat.book.check import check
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.py"))
+SECONDS = 240  # one chapter in its fast form takes seconds; a busy machine may need more
+
+
+def test_the_book_and_the_package_agree():
+    assert check(ROOT) == []
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_runs_as_a_script(path, tmp_path):
+    environment = os.environ | {
+        "TINYCHAT_FAST": "1",
+        "OMP_NUM_THREADS": "1",
+        "MPLBACKEND": "Agg",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONIOENCODING": "utf-8",
+    }
+    # In a folder of its own: what a chapter leaves in runs/book/ must not meet another's.
+    answer = subprocess.run(
+        [sys.executable, str(path)],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        timeout=SECONDS,
+    )
+    assert answer.returncode == 0, answer.stdout[-4000:]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_is_a_notebook(path):
+    jupytext = pytest.importorskip("jupytext")
+    nbformat = pytest.importorskip("nbformat")
+    notebook = jupytext.read(path)
+    nbformat.validate(notebook)
+    assert notebook.cells[0].cell_type == "markdown"
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            compile(cell.source, str(path), "exec")
+    text = jupytext.writes(notebook, fmt="py:percent")
+    again = jupytext.reads(text, fmt="py:percent")
+    assert [cell.source for cell in again.cells] == [cell.source for cell in notebook.cells]

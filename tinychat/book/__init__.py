@@ -1,0 +1,5 @@
+"""The book machine: chapters in `chapters/` become the modules of `tinychat/`.
+
+One chapter, one module, by name: `chapters/05_attention.py` makes `tinychat/attention.py`.
+`python -m tinychat.book export | check | where | run`. Standard library only.
+"""

@@ -1,0 +1,144 @@
+"""What there is: checkpoints and data sources, as tables or JSON. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from tinychat.runtime.checkpoint import CheckpointInfo, find, read_info, search_folders
+from tinychat.runtime.errors import CheckpointError, DataError
+
+
+def show_info(name: str, as_json: bool) -> None:
+    """Print the header of one checkpoint."""
+    info = read_info(find(name))
+    if as_json:
+        print(json.dumps({**asdict(info), "path": str(info.path)}, ensure_ascii=False))
+        return
+    table = Table(title=Text(str(info.path)), show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("stage", info.stage)
+    table.add_row("parameters", f"{info.parameters:,}")
+    table.add_row("on disk", f"{size(info.bytes)}, {info.dtype}, format {info.format}")
+    table.add_row("chat template", Text(info.chat_template))
+    table.add_row("tokenizer", Text(info.tokenizer_sha256))
+    for title in ("config", "lineage", "metrics"):
+        table.add_section()
+        entries: Mapping[str, Any] = getattr(info, title)
+        if not entries:
+            table.add_row(title, Text("nothing recorded", style="dim"))
+        for key, value in entries.items():
+            table.add_row(Text(str(key).replace("_", " ")), Text(plain(key, value)))
+    Console().print(table)
+
+
+def show_models(as_json: bool) -> None:
+    """Print the checkpoints in the folders that names are looked up in."""
+    found = found_models()
+    if as_json:
+        rows = [{"name": path.stem, "path": str(path), **_summary(info)} for path, info in found]
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    console = Console()
+    if not found:
+        folders = ", ".join(str(folder) for folder in search_folders())
+        console.print(Text(f"No checkpoint in {folders}."))
+        return
+    table = Table("name", "stage", "parameters", "size", "folder")
+    for path, info in found:
+        if isinstance(info, CheckpointInfo):
+            row = [info.stage, f"{info.parameters / 1e6:.1f} M", size(info.bytes)]
+        else:
+            row = ["damaged", "", ""]
+        table.add_row(Text(path.stem), *row, Text(str(path.parent)))
+    console.print(table)
+
+
+def found_models() -> list[tuple[Path, CheckpointInfo | CheckpointError]]:
+    """Every checkpoint that a name can mean, each file once; an error where it is unreadable."""
+    found: dict[Path, tuple[Path, CheckpointInfo | CheckpointError]] = {}
+    for folder in search_folders():
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                found.setdefault(path.resolve(), (path, read_info(path)))
+            except CheckpointError as error:
+                found.setdefault(path.resolve(), (path, error))
+    return list(found.values())
+
+
+def _summary(info: CheckpointInfo | CheckpointError) -> dict[str, Any]:
+    if isinstance(info, CheckpointError):
+        return {"error": str(info)}
+    return {"stage": info.stage, "parameters": info.parameters, "bytes": info.bytes}
+
+
+def show_sources(folder: Path | None) -> None:
+    """Print the public sources, and which of them the data folder holds."""
+    from tinychat.data.public import data_folder, sources
+
+    held = data_folder(folder)
+    table = Table(Column("source", overflow="fold"), "kind", "records", "licence", "here")
+    for source in sources():
+        here = "yes" if held is not None and (held / source.file).is_file() else "no"
+        table.add_row(source.name, source.kind, f"{source.records:,}", source.licence, here)
+    Console().print(table)
+
+
+def verify_sources(folder: Path | None) -> None:
+    """Compare the data folder's files with their checksums. DataError when one has changed."""
+    from tinychat.data.public import data_folder, verify
+
+    held = data_folder(folder)
+    if held is None:
+        raise DataError("There is no data folder to verify; name it with --data DIR.")
+    rows = verify(held)
+    table = Table(Column("source", overflow="fold"), "state", "size")
+    for row in rows:
+        table.add_row(row.source.name, row.state, size(row.bytes) if row.bytes else "")
+    Console().print(table)
+    changed = [row.source.file for row in rows if row.state == "changed"]
+    if changed:
+        raise DataError(f"{held}: {', '.join(changed)} changed; fetch it again.")
+
+
+def plain(key: str, value: Any) -> str:
+    """A value of the metadata for people: thousands, hours, one line an entry."""
+    if isinstance(value, Mapping):
+        return "\n".join(f"{name}: {plain(name, inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return "\n".join(
+            ", ".join(f"{name} {plain(name, inner)}" for name, inner in entry.items())
+            if isinstance(entry, Mapping)
+            else plain(key, entry)
+            for entry in value
+        )
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, int | float) and key.endswith("seconds"):
+        return duration(value)
+    if isinstance(value, int):
+        return f"{value:,}" if key not in ("seed", "format") else str(value)
+    if isinstance(value, float):
+        return f"{int(value):,}" if value.is_integer() else f"{value:.4g}"
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    """4000 -> "1 h 07 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def size(count: int) -> str:
+    """15000000 -> "15.0 MB"."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
