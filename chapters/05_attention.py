@@ -10,6 +10,17 @@
 # # Attention
 #
 # Let every token look back and gather what it needs from the tokens before it.
+#
+# "He sat on the bank of the river." "He took his money to the bank." The token *bank* is the same
+# row of the embedding table both times. Which bank it is, the other tokens must say.
+#
+# Think of a **highlighter**. To understand one word of a text, you go through the words before it
+# and mark those that help: *river* boldly, *sat* a little, *the* not at all. Then you read what you
+# marked. Attention does this for every token at once. The strength of the marks are numbers that
+# add up to one, and "reading" is an average, weighted by them.
+#
+# You will build it in small steps: a plain average, marks that depend on the words, many
+# highlighters at once, and the things that make it quick and calm. You need chapter 04.
 
 # %% tags=["export"]
 import torch
@@ -17,6 +28,177 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinychat.embeddings import apply_rotary
+
+# %% [markdown]
+# ## Averaging the past
+#
+# Start with the dullest highlighter: mark everything that came before, equally. Each token gets the
+# mean of itself and all tokens before it. It must not see what comes later, because later tokens are
+# what the model has to guess.
+#
+# Shape suffixes name the axes from here on: `B` batch, `T` time, `D` width, `S` the tokens that are
+# looked at, `H` heads, `K` the width of a head.
+
+# %%
+import os
+import time
+
+from tinychat.embeddings import rotary_tables
+
+FAST = os.environ.get("TINYCHAT_FAST") == "1"
+torch.manual_seed(0)
+B, T, D = 2, 5, 4
+x_BTD = torch.randn(B, T, D)
+
+mean_BTD = torch.zeros(B, T, D)
+for b in range(B):
+    for t in range(T):
+        mean_BTD[b, t] = x_BTD[b, : t + 1].mean(dim=0)
+
+# %% [markdown]
+# Two loops in Python are slow. But a weighted sum of rows is what a matrix product does: row t of
+# the left matrix holds the weights with which the rows on the right are added up. So put the shares
+# into a triangle.
+
+# %%
+triangle_TT = torch.ones(T, T).tril()
+weights_TT = triangle_TT / triangle_TT.sum(dim=1, keepdim=True)
+print(weights_TT)
+
+# %% tags=["test"]
+torch.testing.assert_close(weights_TT @ x_BTD, mean_BTD)
+
+# %% [markdown]
+# There is a third way to write the same thing, and it's the one that leads on. Give every pair of
+# tokens a **score**. Scores of the future become minus infinity. A softmax turns each row of scores
+# into shares: e to the power of minus infinity is zero, and equal scores give equal shares.
+
+
+# %% tags=["export"]
+def causal_mask(length: int, total: int, device: torch.device | None = None) -> Tensor:
+    """Return `[length, total]`, True where one of the last `length` of `total` tokens may look."""
+    row = torch.arange(total - length, total, device=device)[:, None]
+    return torch.arange(total, device=device) <= row
+
+
+# %%
+visible_TT = causal_mask(T, T)
+scores_TT = torch.zeros(T, T).masked_fill(~visible_TT, float("-inf"))
+print(visible_TT.int())
+
+# %% tags=["test"]
+torch.testing.assert_close(scores_TT.softmax(dim=1), weights_TT)
+
+# %% [markdown]
+# (The function takes two lengths because, when you chat, the newest few tokens look at a long past
+# that was read before. You need it soon.)
+#
+# All scores were zero, so all marks were equal. Everything that follows is about better scores.
+#
+# ## Query, key, value
+#
+# Which earlier token helps? That depends on who asks, and on what the other one has to offer. So
+# each token sends out two vectors:
+#
+# - a **query**: what am I looking for?
+# - a **key**: what do I have?
+#
+# The score of a pair is the dot product of the one's query with the other's key. They fit well, the
+# score is high. And what is handed over isn't the key but a third vector:
+#
+# - a **value**: this is what I tell you if you choose me.
+#
+# It's like a library. You come with a question (query), compare it with the labels on the spines
+# (keys), and take home what is *in* the books (values).
+#
+# Here is *bank* with made-up vectors. The first number stands for "water", the second for "money".
+# *Bank* asks for both; it doesn't know yet. The other words have only one to offer.
+
+# %%
+query_bank = torch.tensor([2.0, 2.0])
+keys = {"the": [0.0, 0.0], "river": [2.0, 0.0], "money": [0.0, 2.0], "sat": [0.1, 0.0]}
+values = {"the": [0.0, 0.0], "river": [1.0, 0.0], "money": [0.0, 1.0], "sat": [0.0, 0.0]}
+for sentence in (["sat", "the", "river"], ["the", "money"]):
+    key_SK = torch.tensor([keys[word] for word in sentence])
+    value_SK = torch.tensor([values[word] for word in sentence])
+    share_S = (key_SK @ query_bank).softmax(dim=0)
+    print(", ".join(f"{word} {share:.0%}" for word, share in zip(sentence, share_S, strict=True)))
+    print("  bank gathers water, money =", [round(x, 2) for x in (share_S @ value_SK).tolist()])
+
+# %% [markdown]
+# In a real model nobody makes these vectors up. Three learned matrices make a query, a key and a
+# value out of each token's vector, and training decides what is worth asking.
+#
+# ## One head, written plainly
+#
+# One detail is missing. A dot product of K random numbers gets larger with K: its spread is the
+# square root of K. Large scores make the softmax choose one token and ignore the rest, and then
+# almost no gradient comes through. So divide by that root.
+
+# %%
+for K in (4, 64, 1024):
+    products = (torch.randn(2000, K) * torch.randn(2000, K)).sum(dim=1)
+    largest = (products.view(-1, 10)).softmax(dim=1).amax(dim=1).mean()
+    calm = (products.view(-1, 10) / K**0.5).softmax(dim=1).amax(dim=1).mean()
+    print(
+        f"K = {K:4}: spread {products.std():5.1f}; the best of ten gets {largest:.0%}, "
+        f"after dividing {calm:.0%}"
+    )
+
+
+# %%
+def attend_naive(q_TK: Tensor, k_SK: Tensor, v_SK: Tensor) -> tuple[Tensor, Tensor]:
+    """One head for one text: returns what each token gathered, and its marks."""
+    scores_TS = q_TK @ k_SK.T / q_TK.shape[-1] ** 0.5
+    visible_TS = causal_mask(*scores_TS.shape)
+    weights_TS = scores_TS.masked_fill(~visible_TS, float("-inf")).softmax(dim=-1)
+    return weights_TS @ v_SK, weights_TS
+
+
+K = 4
+q_TK, k_TK, v_TK = torch.randn(3, T, K)
+gathered_TK, marks_TT = attend_naive(q_TK, k_TK, v_TK)
+print(marks_TT.round(decimals=2))
+
+# %% tags=["test"]
+torch.testing.assert_close(marks_TT.sum(dim=1), torch.ones(T))
+assert (marks_TT.triu(1) == 0).all(), "nobody sees the future"
+torch.testing.assert_close(gathered_TK[0], v_TK[0], msg="the first token has only itself")
+
+# %% [markdown]
+# ## Many heads
+#
+# One highlighter has one colour. But a word needs several things at once: which noun it belongs to,
+# who is speaking, whether the sentence is a question. Marked with one colour, all of it would be
+# averaged into one mush.
+#
+# So the model holds several highlighters. Each **head** has its own smaller queries, keys and
+# values, does its own gathering, and the results are laid side by side. The plain version is a loop
+# over heads.
+#
+# **Grouped heads** (Ainslie et al. 2023) go one step further. In a chat, the keys and values of all
+# past tokens must be kept in memory. Queries needn't be kept. So let several query heads share one
+# key head: our presets use half as many key heads as query heads, and the memory halves as well.
+
+
+# %%
+def heads_naive(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor) -> Tensor:
+    """A loop over texts and heads; neighbouring query heads share a key head."""
+    group = q_BHTK.shape[1] // k_BHSK.shape[1]
+    rows = []
+    for q_HTK, k_HSK, v_HSK in zip(q_BHTK, k_BHSK, v_BHSK, strict=True):
+        heads = [
+            attend_naive(q_HTK[h], k_HSK[h // group], v_HSK[h // group])[0]
+            for h in range(len(q_HTK))
+        ]
+        rows.append(torch.stack(heads))
+    return torch.stack(rows)
+
+
+# %% [markdown]
+# Now without loops. PyTorch multiplies whole stacks of matrices at once; texts and heads are just
+# more axes. The only trick: the query heads of one group are stacked on top of each other, as if
+# they were one longer text, so that one key head serves them without being copied.
 
 
 # %% tags=["export"]
@@ -41,6 +223,26 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, visible_TS: Tensor) -
     return mixed.view(B, H, T, K)
 
 
+# %% tags=["test"]
+q_BHTK = torch.randn(2, 4, 7, 8)
+for kv_heads in (4, 2, 1):
+    k_BHSK, v_BHSK = torch.randn(2, 2, kv_heads, 7, 8)
+    ours = attend(q_BHTK, k_BHSK, v_BHSK, causal_mask(7, 7))
+    torch.testing.assert_close(ours, heads_naive(q_BHTK, k_BHSK, v_BHSK))
+    # PyTorch has its own, which we use wherever it is faster.
+    theirs = F.scaled_dot_product_attention(
+        q_BHTK, k_BHSK, v_BHSK, is_causal=True, enable_gqa=kv_heads != 4
+    )
+    torch.testing.assert_close(ours, theirs)
+print("loop, stacked product and PyTorch's own agree")
+
+# %% [markdown]
+# ## Remembering keys and values
+#
+# A model that writes reads one new token at a time. The keys and values of the older ones don't
+# change, since nobody looks into the future. So store them. Chapter 08 shows how much that saves.
+
+
 # %% tags=["export"]
 class LayerCache:
     """The keys and values of one layer's past tokens, `[B, kv heads, capacity, K]` each."""
@@ -55,6 +257,20 @@ class LayerCache:
         self.k[:, :, start:stop] = k_BHTK
         self.v[:, :, start:stop] = v_BHTK
         return self.k[:, :, :stop], self.v[:, :, :stop]
+
+
+# %% [markdown]
+# ## Calm numbers: RMSNorm and QK-norm
+#
+# Vectors in a deep network tend to grow. **RMSNorm** (Zhang and Sennrich 2019) brings each back to
+# a standard size: square all its numbers, take the mean, take the root, divide by that. Then a
+# learned weight scales each column. By hand:
+
+# %%
+x_D = torch.tensor([3.0, 4.0, 0.0, 0.0])
+root_mean_square = (x_D**2).mean().sqrt()
+print("root mean square:", float(root_mean_square))
+print("normalised:      ", (x_D / root_mean_square).round(decimals=3).tolist())
 
 
 # %% tags=["export"]
@@ -72,6 +288,38 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+# %% tags=["test"]
+torch.testing.assert_close(RMSNorm(4, eps=1e-6)(x_D), x_D / root_mean_square)
+torch.testing.assert_close(RMSNorm(4, eps=1e-6)(1000 * x_D), x_D / root_mean_square)
+
+# %% [markdown]
+# Chapter 06 uses it everywhere. Attention uses it in one special place: on every query and key, just
+# before they meet. This is **QK-norm**. Without it, a model trained with large steps can make its
+# queries longer and longer, until the softmax is all or nothing and learning stops. With it, a score
+# can't exceed the root of K (before the learned weights), however loud a token is.
+
+# %%
+norm = RMSNorm(64, eps=1e-6)
+for loudness in (1, 10, 100):
+    q_K, k_SK = loudness * torch.randn(64), loudness * torch.randn(10, 64)
+    plain = (k_SK @ q_K / 8).softmax(dim=0).max()
+    calm = (norm(k_SK) @ norm(q_K) / 8).softmax(dim=0).max()
+    print(f"loudness {loudness:3}: best mark {plain:.0%} without, {calm:.0%} with QK-norm")
+
+# %% [markdown]
+# ## The whole layer
+#
+# Now put it together, in this order:
+#
+# 1. three matrices make queries, keys and values, cut into heads;
+# 2. QK-norm;
+# 3. rotary positions turn queries and keys (chapter 04), so that scores know distances; values are
+#    not turned, because what a token says doesn't depend on where it stands;
+# 4. the cache adds the past;
+# 5. attention;
+# 6. heads are laid side by side, and a last matrix mixes them.
 
 
 # %% tags=["export"]
@@ -129,8 +377,254 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(B, T, -1))
 
 
-# %% tags=["export"]
-def causal_mask(length: int, total: int, device: torch.device | None = None) -> Tensor:
-    """Return `[length, total]`, True where one of the last `length` of `total` tokens may look."""
-    row = torch.arange(total - length, total, device=device)[:, None]
-    return torch.arange(total, device=device) <= row
+# %% [markdown]
+# There are two ways through step 5, and they give the same numbers. `attend` is ours, PyTorch's
+# `scaled_dot_product_attention` is one fused kernel that never stores all scores. Which is faster
+# depends on the machine. The tests compare both; so does this cell, together with the promise that
+# matters most: change the future, and the past stays as it was.
+
+# %% tags=["test"]
+layer = Attention(width=32, heads=4, kv_heads=2, head_width=8, norm_eps=1e-6)
+cos_TK, sin_TK = rotary_tables(12, 8)
+x_BTD = torch.randn(1, 12, 32)
+with torch.no_grad():
+    fused_BTD = layer(x_BTD, cos_TK, sin_TK)
+torch.testing.assert_close(layer(x_BTD, cos_TK, sin_TK), fused_BTD)
+
+changed_BTD = x_BTD.clone()
+changed_BTD[:, 8:] += 100
+with torch.no_grad():
+    assert torch.equal(layer(changed_BTD, cos_TK, sin_TK)[:, :8], fused_BTD[:, :8])
+
+# One token at a time with a cache gives the same as all at once.
+cache = LayerCache((1, 2, 12, 8), x_BTD.device, x_BTD.dtype)
+with torch.no_grad():
+    steps = [
+        layer(x_BTD[:, t : t + 1], cos_TK[t : t + 1], sin_TK[t : t + 1], cache=cache, start=t)
+        for t in range(12)
+    ]
+torch.testing.assert_close(torch.cat(steps, dim=1), fused_BTD)
+print("causal, and the same with a cache")
+
+# %% [markdown]
+# ## Watch it learn to look
+#
+# Does training really find good questions? Here is a game that needs them. A text is a row of cards,
+# each with a letter and a digit, all letters different. Then comes one more card with a letter and a
+# question mark. Which digit stood with that letter?
+#
+# Each card's vector is the sum of a letter's row and a digit's row. The network is a single
+# attention layer and a matrix that turns what was gathered into a guess. Beside it, the dull
+# highlighter from the beginning plays the same game: it may only average.
+
+# %%
+LETTERS, DIGITS, CARDS = 26, 10, 8
+
+
+class CardPlayer(nn.Module):
+    """Guesses the digit; with `average` it marks all cards equally."""
+
+    def __init__(self, average: bool):
+        super().__init__()
+        self.average = average
+        self.letter = nn.Embedding(LETTERS, 32)
+        self.digit = nn.Embedding(DIGITS + 1, 32)  # the last row is the question mark
+        self.attention = Attention(width=32, heads=2, kv_heads=1, head_width=16, norm_eps=1e-6)
+        self.guess = nn.Linear(32, DIGITS)
+
+    def cards(self, letters_BT: Tensor, digits_BT: Tensor) -> Tensor:
+        return self.letter(letters_BT) + self.digit(digits_BT)
+
+    def forward(self, letters_BT: Tensor, digits_BT: Tensor) -> Tensor:
+        x_BTD = self.cards(letters_BT, digits_BT)
+        if self.average:
+            return self.guess(x_BTD.mean(dim=1))
+        cos_TK, sin_TK = rotary_tables(CARDS + 1, 16)
+        return self.guess(self.attention(x_BTD, cos_TK, sin_TK)[:, -1])
+
+
+def deal(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random cards: letters, digits (the last one hidden), and the answers."""
+    letters_BT = torch.rand(rows, LETTERS).argsort(dim=1)[:, : CARDS + 1]
+    digits_BT = torch.randint(DIGITS, (rows, CARDS + 1))
+    asked_B1 = torch.randint(CARDS, (rows, 1))
+    letters_BT[:, -1:] = letters_BT.gather(1, asked_B1)
+    digits_BT[:, -1] = DIGITS
+    return letters_BT, digits_BT, digits_BT.gather(1, asked_B1)[:, 0]
+
+
+players, scores = {}, {}
+for average in (True, False):
+    torch.manual_seed(0)
+    player = CardPlayer(average)
+    optimizer = torch.optim.AdamW(player.parameters(), lr=1e-2, weight_decay=0.0)
+    for _step in range(500 if FAST else 1000):
+        letters_BT, digits_BT, answers_B = deal(64)
+        loss = F.cross_entropy(player(letters_BT, digits_BT), answers_B)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        letters_BT, digits_BT, answers_B = deal(1000)
+        right = (player(letters_BT, digits_BT).argmax(dim=1) == answers_B).float().mean()
+    name = "average" if average else "attention"
+    players[name], scores[name] = player, float(right)
+    print(f"{name:>9}: {right:.0%} right on new cards")
+
+# %% tags=["test"]
+assert scores["attention"] > 0.9 > 0.5 > scores["average"]
+
+# %% [markdown]
+# Look at its marks. The layer keeps none, so the cell computes the scores of the last card once
+# more, from the layer's own matrices, as the mean of both heads.
+
+# %%
+player = players["attention"]
+torch.manual_seed(3)
+letters_BT, digits_BT, answers_B = deal(1)
+with torch.no_grad():
+    layer, x_BTD = player.attention, player.cards(letters_BT, digits_BT)
+    cos_TK, sin_TK = rotary_tables(CARDS + 1, 16)
+    q_BHTK = layer.q_norm(layer.q(x_BTD).view(1, CARDS + 1, 2, 16)).transpose(1, 2)
+    k_BHTK = layer.k_norm(layer.k(x_BTD).view(1, CARDS + 1, 1, 16)).transpose(1, 2)
+    q_BHTK, k_BHTK = apply_rotary(q_BHTK, cos_TK, sin_TK), apply_rotary(k_BHTK, cos_TK, sin_TK)
+    scores_HS = (q_BHTK[0, :, -1:] @ k_BHTK[0].transpose(-2, -1))[:, 0] / 16**0.5
+    marks_S = scores_HS.softmax(dim=-1).mean(dim=0)
+for letter, digit, mark in zip(letters_BT[0], digits_BT[0], marks_S.tolist(), strict=True):
+    card = chr(ord("A") + int(letter)) + ("?" if digit == DIGITS else str(int(digit)))
+    print(f"  {card} {mark:5.0%} {'█' * round(40 * mark)}")
+print("the answer was", int(answers_B[0]))
+
+# %% tags=["test"]
+place = int((letters_BT[0, :-1] == letters_BT[0, -1]).nonzero()[0, 0])
+assert int(marks_S.argmax()) == place, "it looks at the card with its letter"
+
+# %% [markdown]
+# Nobody told the layer to compare letters. The loss did: the gradient of wrong guesses made queries
+# and keys of equal letters fit each other.
+#
+# ## The price: everyone looks at everyone
+#
+# Attention compares each token with each earlier one. Twice as long a text has four times as many
+# pairs. The rest of a transformer treats each token on its own, so there, twice as long is only
+# twice the work. For short texts the rest dominates, for long ones attention does.
+
+# %%
+pairs = {}
+for T in (128, 256, 512) if FAST else (128, 256, 512, 1024):
+    q_BHTK, k_BHSK, v_BHSK = torch.randn(3, 1, 4, T, 32)
+    visible_TT = causal_mask(T, T)
+    best = float("inf")
+    for _repeat in range(3):
+        begin = time.perf_counter()
+        attend(q_BHTK, k_BHSK, v_BHSK, visible_TT)
+        best = min(best, time.perf_counter() - begin)
+    pairs[T] = int(visible_TT.sum())
+    print(f"{T:5} tokens: {pairs[T]:8,} pairs that may look, {1000 * best:7.2f} ms")
+
+# %% tags=["test"]
+assert all(pairs[T] == T * (T + 1) // 2 for T in pairs)
+assert 3.9 < pairs[512] / pairs[256] < 4
+
+# %% [markdown]
+# ## What we left out
+#
+# - **Cross-attention**: the queries come from one text and the keys from another, as in the first
+#   transformer, which translated.
+# - **FlashAttention** (Dao et al. 2022): the same numbers, computed in tiles that fit the fast memory
+#   of a GPU, so that the T×T scores never exist as a whole. PyTorch's kernel is of this kind;
+#   exercise 2 shows the idea.
+# - **Sliding windows, sparse and linear attention**: ways around the square. Exercise 1 builds the
+#   first.
+# - **Biases and dropout.** Neither earns its place in a model of this kind today.
+#
+# ## Where this is in the package
+#
+# Everything tagged `export` here is `tinychat/attention.py`. `Block` in chapter 06 puts one
+# `Attention` into each layer; `KVCache` there holds one `LayerCache` a layer.
+#
+# ## Exercises
+#
+# **1. A short memory.** Write `window_mask(length, total, window)`: like `causal_mask`, but a token
+# sees only itself and the `window - 1` tokens before it (Mistral 7B did so). How does the number of
+# pairs grow with the length now?
+
+
+# %% tags=["solution"]
+def window_mask(length: int, total: int, window: int) -> Tensor:
+    older_TS = causal_mask(length, total) & ~causal_mask(length, total).tril(
+        total - length - window
+    )
+    return older_TS
+
+
+assert window_mask(4, 4, 2).int().tolist() == [
+    [1, 0, 0, 0],
+    [1, 1, 0, 0],
+    [0, 1, 1, 0],
+    [0, 0, 1, 1],
+]
+assert window_mask(1, 5, 3).int().tolist() == [[0, 0, 1, 1, 1]]
+assert torch.equal(window_mask(6, 6, 6), causal_mask(6, 6))
+for T in (256, 512, 1024):
+    print(f"{T:5} tokens: {int(window_mask(T, T, 64).sum()):7,} pairs")
+
+# %% [markdown]
+# **2. Attention in pieces.** Suppose that the keys don't fit into memory at once. Write
+# `attend_in_pieces(q_TK, k_SK, v_SK, size)` for one head without a mask: go through keys and values
+# `size` at a time and keep only three things for each query: the largest score so far, the sum of
+# the exponentials, and the weighted sum of the values. What must happen to the two sums when a larger
+# score turns up? (Milakov and Gimelshein 2018; it is the heart of FlashAttention.)
+
+
+# %% tags=["solution"]
+def attend_in_pieces(q_TK: Tensor, k_SK: Tensor, v_SK: Tensor, size: int) -> Tensor:
+    largest_T1 = torch.full((len(q_TK), 1), float("-inf"))
+    sum_T1, mixed_TK = torch.zeros(len(q_TK), 1), torch.zeros(len(q_TK), v_SK.shape[1])
+    for k_CK, v_CK in zip(k_SK.split(size), v_SK.split(size), strict=True):
+        scores_TC = q_TK @ k_CK.T / q_TK.shape[1] ** 0.5
+        new_T1 = torch.maximum(largest_T1, scores_TC.amax(dim=1, keepdim=True))
+        shrink_T1 = (largest_T1 - new_T1).exp()  # everything so far was measured by the old one
+        grown_TC = (scores_TC - new_T1).exp()
+        sum_T1 = sum_T1 * shrink_T1 + grown_TC.sum(dim=1, keepdim=True)
+        mixed_TK = mixed_TK * shrink_T1 + grown_TC @ v_CK
+        largest_T1 = new_T1
+    return mixed_TK / sum_T1
+
+
+q_TK, k_SK, v_SK = torch.randn(3, 10), torch.randn(23, 10), torch.randn(23, 10)
+whole_TK = attend(q_TK[None, None], k_SK[None, None], v_SK[None, None], torch.tensor(True))[0, 0]
+for size in (1, 5, 23, 100):
+    torch.testing.assert_close(attend_in_pieces(q_TK, k_SK, v_SK, size), whole_TK)
+
+# %% [markdown]
+# **3. Blind to order.** Show that attention without positions doesn't care in which order the past
+# stands: shuffle all tokens but the last, with tables that turn nothing, and compare what the last
+# one gathers. Then do the same with `rotary_tables`.
+
+
+# %% tags=["solution"]
+torch.manual_seed(0)
+layer = Attention(width=32, heads=4, kv_heads=2, head_width=8, norm_eps=1e-6)
+x_BTD = torch.randn(1, 10, 32)
+shuffled_BTD = x_BTD[:, [3, 8, 0, 5, 1, 7, 2, 6, 4, 9]]
+no_turn = torch.ones(10, 4), torch.zeros(10, 4)
+with torch.no_grad():
+    torch.testing.assert_close(layer(x_BTD, *no_turn)[:, -1], layer(shuffled_BTD, *no_turn)[:, -1])
+    with_order = layer(x_BTD, *rotary_tables(10, 8))[:, -1]
+    assert not torch.allclose(
+        with_order, layer(shuffled_BTD, *rotary_tables(10, 8))[:, -1], atol=1e-3
+    )
+
+# %% [markdown]
+# ## Sources
+#
+# - D. Bahdanau, K. Cho, Y. Bengio: *Neural Machine Translation by Jointly Learning to Align and
+#   Translate* (2015). Where attention comes from.
+# - A. Vaswani et al.: *Attention Is All You Need* (2017). Queries, keys, values, heads, the root.
+# - J. Ainslie et al.: *GQA: Training Generalized Multi-Query Transformer Models from Multi-Head
+#   Checkpoints* (2023). Grouped heads.
+# - B. Zhang, R. Sennrich: *Root Mean Square Layer Normalization* (2019).
+# - M. Dehghani et al.: *Scaling Vision Transformers to 22 Billion Parameters* (2023). QK-norm.
+# - T. Dao et al.: *FlashAttention* (2022); M. Milakov, N. Gimelshein: *Online normalizer calculation
+#   for softmax* (2018).

@@ -12,6 +12,7 @@
 # Show the base model good conversations, until it answers instead of rambling on.
 
 # %% tags=["export"]
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from tinychat.dialogue import Rendered
 from tinychat.gpt import GPT
 from tinychat.pretraining import Progress, Result, TrainConfig, pretrain
 from tinychat.runtime.errors import ConfigError, DataError
+from tinychat.runtime.state import load_state
 
 
 # %% tags=["export"]
@@ -59,11 +61,12 @@ class SFTConfig:
     "steps between validations"
 
     def __post_init__(self) -> None:
-        if not self.epochs > 0:
-            raise ConfigError(f"epochs is {self.epochs}; it must be more than 0.")
-        for name in ("batch", "sequence", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 < self.epochs < math.inf:
+            raise ConfigError(f"epochs is {self.epochs}; it must be a number above 0.")
+        for name in ("matrix_lr", "vector_lr", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        self.loop(steps=1)  # the loop refuses everything else that makes no sense
 
     def loop(self, steps: int) -> TrainConfig:
         """The same settings for the training loop of chapter 07."""
@@ -112,20 +115,20 @@ def pack(
 def packed_row(examples: Sequence[Rendered], room: int, pad: int) -> np.ndarray:
     """Lay conversations one behind another: returns `[4, room]` inputs, targets, mask, segments.
 
-    The last token of a conversation predicts nothing, because what follows it is another
-    conversation. Segment 0 is padding.
+    A conversation of n tokens takes n - 1 places: its last token predicts nothing, because what
+    follows it is another conversation. One that is too long loses its end. Segment 0 is padding.
     """
     row = np.zeros((4, room), dtype=np.int64)
     row[:2] = pad
     start = 0
     for number, example in enumerate(examples, 1):
-        size = min(len(example.tokens), room)
-        part = slice(start, start + size - 1)
-        row[0, part] = example.tokens[: size - 1]
-        row[1, part] = example.tokens[1:size]
-        row[2, part] = example.loss_mask[1:size]
+        size = min(len(example.tokens) - 1, room - start)
+        part = slice(start, start + size)
+        row[0, part] = example.tokens[:size]
+        row[1, part] = example.tokens[1 : size + 1]
+        row[2, part] = example.loss_mask[1 : size + 1]
         row[3, part] = number
-        start += size - 1
+        start += size
     return row
 
 
@@ -193,13 +196,21 @@ def finetune(
 ) -> Result:
     """Train `model` in place on conversations: pretraining's loop, but only replies carry loss.
 
-    As many steps as `config.epochs` asks for or, with `minutes`, as fit into that time.
+    As many steps as `config.epochs` asks for or, with `minutes`, as fit into that time; a run that
+    was begun with minutes keeps its number of steps when it is resumed without. Raises DataError
+    where nothing is to be learned, ConfigError for rows longer than the model reads.
     """
+    if config.sequence > model.config.context:
+        raise ConfigError(
+            f"sequence is {config.sequence}; this model reads at most {model.config.context} tokens."
+        )
     stream = PackedConversations(examples, config, pad)
+    saved = load_state(folder) if resume and not minutes else None
+    by_time = minutes or (saved is not None and not saved[1]["config"]["steps"])
     return pretrain(
         model,
         stream.batches,
-        config.loop(0 if minutes else stream.steps),
+        config.loop(0 if by_time else stream.steps),
         folder,
         minutes=minutes,
         validation={"replies": validation} if validation else None,

@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from tinychat.embeddings import apply_rotary
 
 
+def causal_mask(length: int, total: int, device: torch.device | None = None) -> Tensor:
+    """Return `[length, total]`, True where one of the last `length` of `total` tokens may look."""
+    row = torch.arange(total - length, total, device=device)[:, None]
+    return torch.arange(total, device=device) <= row
+
+
 def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, visible_TS: Tensor) -> Tensor:
     """Scaled dot-product attention, written out (Vaswani et al. 2017, equation 1).
 
@@ -115,9 +121,3 @@ class Attention(nn.Module):
                 q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
             )
         return self.out(mixed.transpose(1, 2).reshape(B, T, -1))
-
-
-def causal_mask(length: int, total: int, device: torch.device | None = None) -> Tensor:
-    """Return `[length, total]`, True where one of the last `length` of `total` tokens may look."""
-    row = torch.arange(total - length, total, device=device)[:, None]
-    return torch.arange(total, device=device) <= row

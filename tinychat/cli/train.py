@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tinychat.data.shards import TokenShard
     from tinychat.gpt import GPT
     from tinychat.pretraining import Progress, Result
+    from tinychat.runtime.checkpoint import CheckpointInfo
     from tinychat.tokenizer import Tokenizer
 
 train_app = typer.Typer(
@@ -132,7 +133,7 @@ def base(
     from tinychat.data.mix import Mix, Phase
     from tinychat.data.prepare import default_sources, prepare, shard_name
     from tinychat.data.public import data_folder
-    from tinychat.gpt import GPT, load_model, save_model
+    from tinychat.gpt import GPT, load_model
     from tinychat.gpt import preset as model_preset
     from tinychat.pretraining import (
         LossFunction,
@@ -216,8 +217,8 @@ def base(
 
     # 5. Measure, write, show.
     model.eval()
-    loss_function = LossFunction(model, dtype=config.dtype, compiled=False)
-    bits = {name: bits_per_byte(loss_function, windows(name, 8)(), token_bytes_V) for name in here}
+    measure = LossFunction(model, dtype=config.dtype, compiled=False)
+    bits = {name: bits_per_byte(measure, windows(name, 8)(), token_bytes_V) for name in here}
     mix = make_mix(train, config.sequence, config.seed, result.steps * config.batch * world)
     lineage = lineage_of(
         result,
@@ -231,7 +232,13 @@ def base(
     )
     metrics = {"loss": result.loss, "bits_per_byte": bits, "curve": curve(folder)}
     path = folder / "base.safetensors"
-    info = save_model(path, model, stage="base", tokenizer=pieces, lineage=lineage, metrics=metrics)
+
+    def stored_bits(stored: GPT) -> float:
+        exact = LossFunction(stored.to(place), dtype=torch.float32, compiled=False)
+        values = [bits_per_byte(exact, windows(name, 2)(), token_bytes_V) for name in here]
+        return sum(values) / len(values)
+
+    info = write_checkpoint(path, model, "base", pieces, lineage, metrics, stored_bits)
     print_samples(model, pieces, folder, chat=False)
     print(f"\n{path}: {info.bytes / 1e6:.1f} MB. {result.tokens / 1e6:.1f} M tokens read.")
     for name, value in bits.items():
@@ -262,11 +269,13 @@ def sft(
 
     Example: tinychat train sft --from runs/base/base.safetensors --set epochs=10
     """
+    import torch
+
     from tinychat.data import corpus
     from tinychat.data.public import read_dialogues
     from tinychat.data.split import split_of
     from tinychat.dialogue import render
-    from tinychat.gpt import load_model, save_model
+    from tinychat.gpt import load_model
     from tinychat.gpt import preset as model_preset
     from tinychat.pretraining import LossFunction, bits_per_byte, bytes_of_tokens
     from tinychat.runtime.checkpoint import file_sha256
@@ -344,18 +353,17 @@ def sft(
     lineage["parent_sha256"] = file_sha256(record["from"])
     lineage["ancestors"] = [info.lineage]
     path = folder / "sft.safetensors"
-    saved = save_model(
-        path,
-        model,
-        stage="sft",
-        tokenizer=pieces,
-        lineage=lineage,
-        metrics={
-            "loss": result.loss,
-            "bits_per_byte": {"unseen replies": bits},
-            "curve": curve(folder),
-        },
-    )
+    metrics = {
+        "loss": result.loss,
+        "bits_per_byte": {"unseen replies": bits},
+        "curve": curve(folder),
+    }
+
+    def stored_bits(stored: GPT) -> float:
+        exact = LossFunction(stored.to(place), dtype=torch.float32, compiled=False)
+        return bits_per_byte(exact, validation(), token_bytes_V)
+
+    saved = write_checkpoint(path, model, "sft", pieces, lineage, metrics, stored_bits)
     print_samples(model, pieces, folder, chat=True)
     print(f"\n{path}: {saved.bytes / 1e6:.1f} MB, {bits:.3f} bits per byte on unseen replies.")
     print(f"Talk to it: tinychat chat --ckpt {path}")
@@ -488,6 +496,43 @@ def lineage_of(result: Result, *, data: Mapping[str, Any], **more: Any) -> dict[
         "tinychat": __version__,
         **{key: value for key, value in more.items() if value is not None},
     }
+
+
+def write_checkpoint(
+    path: Path,
+    model: GPT,
+    stage: str,
+    pieces: Tokenizer,
+    lineage: Mapping[str, Any],
+    metrics: dict[str, Any],
+    bits_of: Callable[[GPT], float],
+) -> CheckpointInfo:
+    """Write int8 where that costs less than 0.5 % in bits per byte, else bfloat16.
+
+    `bits_of` measures a model; the cost is measured on the file itself, read back.
+    """
+    from tinychat.gpt import load_model, save_model
+
+    def save(kind: Literal["int8", "bf16"]) -> CheckpointInfo:
+        return save_model(
+            path,
+            model,
+            stage=stage,
+            tokenizer=pieces,
+            lineage=lineage,
+            metrics=metrics,
+            quantize=kind,
+        )
+
+    exact = bits_of(model)
+    kinds: tuple[Literal["int8", "bf16"], ...] = ("int8", "bf16")
+    for kind in kinds:
+        save(kind)
+        cost = 100 * (bits_of(load_model(path)[0]) / exact - 1)
+        if cost < 0.5:
+            break
+    metrics["storage_cost_percent"] = round(cost, 3)
+    return save(kind)
 
 
 def curve(folder: Path, points: int = 60) -> list[list[float]]:

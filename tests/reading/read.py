@@ -1,0 +1,47 @@
+"""Print a chat model's replies to fifty prompts that no training text holds, for reading.
+
+    python tests/reading/read.py CKPT [--seed 0] [--temperature 0.7]
+
+A person judges them; the verdicts go into chapters/lab_notes.md. Prompts that a training
+conversation opens with, word for word, are marked.
+"""
+
+import argparse
+from pathlib import Path
+
+from tinychat.data import corpus
+from tinychat.data.records import Message
+from tinychat.dialogue import render_prompt
+from tinychat.generation import Sampling, stop_ids, stream
+from tinychat.gpt import load_model
+from tinychat.runtime.checkpoint import find
+
+
+def plain(text: str) -> str:
+    return "".join(letter for letter in text.lower() if letter.isalnum() or letter == " ").strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=0.7)
+    options = parser.parse_args()
+    model, tokenizer, info = load_model(find(options.checkpoint))
+    known = {plain(dialogue.messages[0].content) for dialogue in corpus.dialogues()}
+    sampling = Sampling(
+        temperature=options.temperature, top_p=0.9, max_tokens=120, seed=options.seed
+    )
+    print(f"{info.path} ({info.stage}), temperature {options.temperature}, seed {options.seed}\n")
+    prompts = Path(__file__).with_name("prompts.txt").read_text(encoding="utf-8").splitlines()
+    for number, prompt in enumerate(prompts, 1):
+        ids = render_prompt(
+            [Message("user", prompt)], tokenizer, context=model.config.context, reserve=120
+        )
+        reply = "".join(stream(model, tokenizer, ids, sampling, stop=stop_ids(tokenizer)))
+        seen = " (opens a conversation of the corpus)" if plain(prompt) in known else ""
+        print(f"{number}. **{prompt}**{seen}\n   {' / '.join(reply.split(chr(10)))}")
+
+
+if __name__ == "__main__":
+    main()
