@@ -293,8 +293,19 @@ def info(
 
 
 @app.command()
-def models(as_json: Json = False) -> None:
+def models(
+    as_json: Json = False,
+    card: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Print the model card of a folder's checkpoints."),
+    ] = None,
+) -> None:
     """List the checkpoints that can be found by name."""
+    if card is not None:
+        from tinychat.cli.card import card as card_of
+
+        typer.echo(card_of(card), nl=False)
+        return
     from tinychat.cli.info import show_models
 
     show_models(as_json)

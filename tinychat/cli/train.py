@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
+import math
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -131,8 +134,8 @@ def base(
 
     from tinychat.data import tokenizer_model
     from tinychat.data.mix import Mix, Phase
-    from tinychat.data.prepare import default_sources, prepare, shard_name
-    from tinychat.data.public import data_folder
+    from tinychat.data.prepare import default_sources, shard_name
+    from tinychat.data.public import data_folder, source_path
     from tinychat.gpt import GPT, load_model
     from tinychat.gpt import preset as model_preset
     from tinychat.pretraining import (
@@ -143,13 +146,26 @@ def base(
         train_preset,
     )
     from tinychat.runtime.device import pick_device, set_threads
+    from tinychat.runtime.files import file_sha256
     from tinychat.tokenizer import Tokenizer
 
     # 1. Everything that can be wrong is found before the first minute is spent.
     check_minutes(minutes, resume)
-    folder = Path("runs") / run
-    record = read_record(folder) if resume else {"preset": preset}
+    folder = run_folder(run, resume)
+    record: dict[str, Any] = read_record(folder, "preset") if resume else {"preset": preset}
     config = override(train_preset(record["preset"]), [*record.get("set", []), *(settings or [])])
+    path = folder / "base.safetensors"
+    if resume and minutes is None and not settings and is_written(path):
+        print(f"{path} is finished already; give --minutes to train it longer.")
+        return
+    # What a resumed run was begun with holds, unless it is named again.
+    start = start or record.get("from")
+    source = source or record.get("sources")
+    data = data or (Path(record["data"]) if record.get("data") else None)
+    tokenizer_file = tokenizer_file or (
+        Path(record["tokenizer"]) if record.get("tokenizer") else None
+    )
+    minutes = minutes or budget_of(record, folder)
     shape = replace(model_preset(record["preset"]), context=max(1024, config.sequence))
     rank, world = join_processes()
     place = pick_device(device)
@@ -157,25 +173,46 @@ def base(
     pieces = Tokenizer.from_file(tokenizer_file) if tokenizer_file else Tokenizer(tokenizer_model())
     public = data_folder(data)
     shape = replace(shape, vocab_size=pieces.vocab_size)
+    own_files = {name: file_sha256(source_path(name, public)) for name in source or []}
+    for name, digest in record.get("sha256", {}).items():
+        if own_files.get(name, digest) != digest:
+            raise ConfigError(
+                f"{name} has changed since this run began; "
+                "put the old file back, or start another run with --run NAME."
+            )
 
     # 2. Text becomes token shards, once for each tokenizer.
-    names = [*default_sources(public), *(source or [])]
+    names = [*default_sources(public), *own_files]
     with shards_progress(enabled=rank == 0) as report:
-        shards = prepare(public, cache_folder(pieces), pieces, names, progress=report)
+        shards = make_shards(public, pieces, names, own_files, report)
     train = shards["train"]
 
     # 3. The model.
     torch.manual_seed(config.seed)
-    if start is not None and not resume:
+    if start is not None:
         model, own, _ = load_model(find_checkpoint(start))
         if own.sha256 != pieces.sha256:
             raise ConfigError(f"{start} has another tokenizer; start from one with the same.")
+        shape = model.config
+        check_sequence(config.sequence, shape.context)
         model.train()
     else:
         model = GPT(shape)
     model = model.to(place)
-    if not resume:
-        write_record(folder, {"preset": record["preset"], "set": settings or []})
+    if not resume and rank == 0:
+        write_record(
+            folder,
+            {
+                "preset": record["preset"],
+                "set": settings or [],
+                "minutes": minutes,
+                "from": start,
+                "data": str(data) if data else None,
+                "tokenizer": str(tokenizer_file) if tokenizer_file else None,
+                "sources": source,
+                "sha256": own_files,
+            },
+        )
 
     def batches_from(micro_step: int, micro_steps: int) -> Iterator[Batch]:
         size = config.batch * world
@@ -210,7 +247,7 @@ def base(
         )
     if rank:
         return
-    again = f"tinychat train base --run {run} --resume" + (f" --data {data}" if data else "")
+    again = f"tinychat train base --run {run} --resume"
     if not result.finished:
         print(f"Stopped and saved at step {result.step}. Go on with: {again}")
         raise typer.Exit(130)
@@ -230,8 +267,7 @@ def base(
         preset=record["preset"],
         parent=start,
     )
-    metrics = {"loss": result.loss, "bits_per_byte": bits, "curve": curve(folder)}
-    path = folder / "base.safetensors"
+    metrics = {"loss": last_loss(result, folder), "bits_per_byte": bits, "curve": curve(folder)}
 
     def stored_bits(stored: GPT) -> float:
         exact = LossFunction(stored.to(place), dtype=torch.float32, compiled=False)
@@ -285,26 +321,50 @@ def sft(
     # 1. Everything that can be wrong is found before the first minute is spent.
     if minutes is not None:
         check_minutes(minutes, resume)
-    folder = Path("runs") / run
-    record = read_record(folder) if resume else {"from": str(find_checkpoint(start))}
+    folder = run_folder(run, resume)
+    record: dict[str, Any] = (
+        read_record(folder, "from") if resume else {"from": str(find_checkpoint(start))}
+    )
     config = override(SFTConfig(), [*record.get("set", []), *(settings or [])])
+    path = folder / "sft.safetensors"
+    if resume and minutes is None and not settings and is_written(path):
+        print(f"{path} is finished already; give --minutes or --set epochs=N to train it longer.")
+        return
+    files = [str(file) for file in data or []] or record.get("data", [])
+    minutes = minutes or budget_of(record, folder)
     place = pick_device(device)
     set_threads()
     model, pieces, info = load_model(record["from"])
-    if preset and model_preset(preset).parameters != model.config.parameters:
-        raise ConfigError(f"{record['from']} is no {preset} model; leave --preset out.")
+    if info.stage == "rlhf":
+        raise ConfigError(
+            f"{record['from']} is an rlhf model, and fine-tuning would undo what its rewards "
+            "taught; give --from a base or sft checkpoint."
+        )
+    check_sequence(config.sequence, model.config.context)
+    if preset:
+        named = replace(model_preset(preset), vocab_size=pieces.vocab_size)
+        if named.parameters != model.config.parameters:
+            raise ConfigError(f"{record['from']} is no {preset} model; leave --preset out.")
 
     # 2. Conversations: our own, and the user's. A validation part is never trained on.
     dialogues = list(corpus.dialogues())
-    for file in data or []:
-        dialogues += read_dialogues(str(file))
+    for file in files:
+        dialogues += read_dialogues(file)
     rendered: dict[str, list[Any]] = {"train": [], "validation": [], "test": []}
     for dialogue in dialogues:
         rendered[split_of(dialogue.id)].append(
             render(dialogue, pieces, context=config.sequence + 1)
         )
     if not resume:
-        write_record(folder, {"from": record["from"], "set": settings or []})
+        write_record(
+            folder,
+            {
+                "from": record["from"],
+                "set": settings or [],
+                "minutes": minutes,
+                "data": files,
+            },
+        )
     held_out = PackedConversations(rendered["validation"], config, pieces.pad_id)
     rows = held_out.rows(0)
 
@@ -345,16 +405,15 @@ def sft(
         result,
         data={
             "dialogues": {"licence": "CC0-1.0", "conversations": len(rendered["train"])},
-            **{str(file): {"licence": "the user's"} for file in data or []},
+            **{file: {"licence": "the user's"} for file in files},
         },
         settings=asdict(config),
         parent=record["from"],
     )
     lineage["parent_sha256"] = file_sha256(record["from"])
     lineage["ancestors"] = [info.lineage]
-    path = folder / "sft.safetensors"
     metrics = {
-        "loss": result.loss,
+        "loss": last_loss(result, folder),
         "bits_per_byte": {"unseen replies": bits},
         "curve": curve(folder),
     }
@@ -395,34 +454,76 @@ def override(config: C, settings: Iterable[str]) -> C:
                 parsed: Any = {"true": True, "false": False}[value.lower()]
             else:
                 parsed = kinds[key](value)
+            if kinds[key] is float and not math.isfinite(parsed):
+                raise ValueError
         except (ValueError, KeyError):
-            raise ConfigError(f"--set {setting}: {value!r} is no {kinds[key].__name__}.") from None
+            wanted = {bool: "true or false", int: "a whole number", float: "a number"}
+            raise ConfigError(
+                f"--set {setting}: {value!r} won't do; {key} must be {wanted[kinds[key]]}."
+            ) from None
         config = replace(config, **{key: parsed})  # type: ignore[type-var]
     return config
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Return what a run was started with; ConfigError where there is none to resume."""
-    try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        assert isinstance(record, dict)
-        return record
-    except (OSError, ValueError, AssertionError):
+def check_sequence(sequence: int, context: int) -> None:
+    """Refuse rows that are longer than the model reads."""
+    if sequence > context:
+        raise ConfigError(f"sequence is {sequence}; this model reads at most {context} tokens.")
+
+
+def run_folder(name: str, resume: bool) -> Path:
+    """Return `runs/NAME`; ConfigError for a name that leads elsewhere, or a folder in use."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
         raise ConfigError(
-            f"There is no run to resume in {folder}; start one without --resume, "
-            "or name another with --run."
-        ) from None
-
-
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Remember what a new run was started with; an older run in the folder is never replaced."""
-    if (folder / "run.json").exists():
+            f"--run {name!r} can't name a folder in runs; use letters, digits, '-', '_' and '.'."
+        )
+    folder = Path("runs") / name
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
             f"{folder} already holds a run; add --resume to go on with it, "
             "or choose another name with --run."
         )
+    return folder
+
+
+def read_record(folder: Path, needed: str) -> dict[str, Any]:
+    """Return what a run was started with; ConfigError where there is none of this kind."""
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if isinstance(record.get(needed), str):
+            return record
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise ConfigError(
+        f"There is no run to resume in {folder}; start one without --resume, "
+        "or name another with --run."
+    )
+
+
+def budget_of(record: Mapping[str, Any], folder: Path) -> float | None:
+    """Minutes of a run that was stopped before its number of steps was known, else None.
+
+    Once a state is saved, it knows the number of steps that the first minutes gave.
+    """
+    return None if any(folder.glob("state-*.safetensors")) else record.get("minutes")
+
+
+def is_written(path: Path) -> bool:
+    """True if the last thing that a run did was to write its checkpoint."""
+    states = [state.stat().st_mtime for state in path.parent.glob("state-*.safetensors")]
+    return path.exists() and path.stat().st_mtime >= max(states, default=0.0)
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Remember what a new run was started with; two that start at once can't share a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    try:
+        with (folder / "run.json").open("x", encoding="utf-8") as file:
+            file.write(json.dumps(record, indent=2) + "\n")
+    except FileExistsError:
+        raise ConfigError(
+            f"{folder} already holds a run; choose another name with --run."
+        ) from None
 
 
 def find_checkpoint(name: str) -> Path:
@@ -451,6 +552,44 @@ def join_processes() -> tuple[int, int]:
 
 
 # Data
+
+
+def make_shards(
+    public: Path | None,
+    pieces: Tokenizer,
+    names: list[str],
+    own_files: Mapping[str, str],
+    report: Callable[[Any], None],
+) -> dict[str, dict[str, TokenShard]]:
+    """Return token shards `[split][source]`, in the order of `names`.
+
+    Public files never change. Our corpus changes with the version and a user's file at any time,
+    so their shards lie in folders that are named after their contents.
+    """
+    from importlib.resources import files
+
+    from tinychat.data.prepare import EMBEDDED, SPLITS, prepare, shard_name
+
+    cache = cache_folder(pieces)
+    corpus = sorted(files("tinychat.data").joinpath("corpus").iterdir(), key=lambda f: f.name)
+    texts = [file.read_bytes() for file in corpus if file.name.endswith(".jsonl")]
+    version = hashlib.sha256(b"".join(texts)).hexdigest()
+    parts: dict[Path, list[str]] = {}
+    for name in names:
+        digest = version if name in EMBEDDED else own_files.get(name)
+        place = cache / f"of-{digest[:16]}" if digest else cache
+        parts.setdefault(place, []).append(name)
+    labels = [shard_name(name) for name in names]
+    if doubled := {label for label in labels if labels.count(label) > 1}:
+        raise ConfigError(f"Two sources have the name {doubled.pop()}; rename a file.")
+    made: dict[str, dict[str, TokenShard]] = {split: {} for split in SPLITS}
+    for place, some in parts.items():
+        for split, shards in prepare(public, place, pieces, some, progress=report).items():
+            made[split] |= shards
+    return {
+        split: {label: shards[label] for label in labels if label in shards}
+        for split, shards in made.items()
+    }
 
 
 def make_mix(train: Mapping[str, TokenShard], sequence: int, seed: int, total: int) -> Any:
@@ -535,6 +674,16 @@ def write_checkpoint(
     return save(kind)
 
 
+def last_loss(result: Result, folder: Path) -> float | None:
+    """The loss of the last step, also when this process only finished what another had trained."""
+    from tinychat.runtime.metrics import read_metrics
+
+    if result.loss == result.loss:
+        return result.loss
+    rows = read_metrics(folder / "metrics.jsonl")
+    return rows[-1]["loss"] if rows else None
+
+
 def curve(folder: Path, points: int = 60) -> list[list[float]]:
     """Return about `points` pairs (tokens, mean loss since the last point) of the run."""
     from tinychat.runtime.metrics import read_metrics
@@ -561,8 +710,7 @@ def shards_progress(enabled: bool) -> Iterator[Callable[[Any], None]]:
 
         def report(progress: Any) -> None:
             status.update(
-                f"Text to tokens: {progress.source} ({progress.number} of {progress.of}), "
-                f"{progress.tokens / 1e6:.1f} M tokens"
+                f"Text to tokens: {progress.source}, {progress.tokens / 1e6:.1f} M tokens"
             )
 
         yield report
