@@ -137,7 +137,7 @@ texts_ids = tokenizer.encode_batch([text.lower() for text in texts], threads=1)
 WINDOW = 4
 ids_T = torch.tensor([id for ids in texts_ids for id in [*ids, *[tokenizer.pad_id] * WINDOW]])
 
-# Whole words only: a space (shown as the mark "▁") and then letters, and hardly ever a piece
+# Words only: a space (shown as the mark "▁") and then letters, and seldom a piece
 # after it that goes on with the same word.
 V = tokenizer.vocab_size
 goes_on_V = torch.tensor([bool(re.match("[a-z]", tokenizer.piece(id))) for id in range(V)])
@@ -146,7 +146,7 @@ broken_V = torch.bincount(ids_T[:-1][goes_on_V[ids_T[1:]]], minlength=V)
 words = {}
 for id in frequency_V.argsort(descending=True, stable=True).tolist():
     piece = tokenizer.piece(id)
-    if re.fullmatch("▁[a-z]{2,}", piece) and frequency_V[id] >= max(10, 10 * broken_V[id]):
+    if re.fullmatch("▁[a-z]{2,}", piece) and frequency_V[id] >= max(10, 3 * broken_V[id]):
         words[piece[1:]] = id
 words = dict(list(words.items())[: 1000 if FAST else 2000])
 print(f"{len(ids_T):,} tokens, {len(words):,} frequent words")
@@ -252,6 +252,7 @@ cosine = F.cosine_similarity(pooled(one), pooled(two), dim=0)
 print(f"{one!r} and {two!r}: cosine {cosine:.4f}")
 
 # %% tags=["test"]
+assert {"cat", "dog", "saw"} <= row_of.keys()
 torch.testing.assert_close(pooled(one), pooled(two))
 
 # %% [markdown]

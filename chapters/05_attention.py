@@ -270,7 +270,7 @@ class LayerCache:
 x_D = torch.tensor([3.0, 4.0, 0.0, 0.0])
 root_mean_square = (x_D**2).mean().sqrt()
 print("root mean square:", float(root_mean_square))
-print("normalised:      ", (x_D / root_mean_square).round(decimals=3).tolist())
+print("normalised:      ", [round(x, 2) for x in (x_D / root_mean_square).tolist()])
 
 
 # %% tags=["export"]
@@ -505,9 +505,9 @@ assert int(marks_S.argmax()) == place, "it looks at the card with its letter"
 #
 # ## The price: everyone looks at everyone
 #
-# Attention compares each token with each earlier one. Twice as long a text has four times as many
-# pairs. The rest of a transformer treats each token on its own, so there, twice as long is only
-# twice the work. For short texts the rest dominates, for long ones attention does.
+# Attention compares each token with each earlier one. Twice as long a text has nearly four times
+# as many pairs. The rest of a transformer treats each token on its own, so there, twice as long is
+# only twice the work. For short texts the rest dominates, for long ones attention does.
 
 # %%
 pairs = {}

@@ -5,10 +5,13 @@ Generated from chapters/07_pretraining.py: edit that file,
 then run `python -m tinychat.book export`.
 """
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from tinychat.data.batch import Batch
 from tinychat.gpt import GPT, preset
 from tinychat.runtime.device import has_compiler
-from tinychat.runtime.errors import ConfigError, TinychatError
+from tinychat.runtime.errors import ConfigError, DataError, TinychatError
 from tinychat.runtime.metrics import MetricsWriter
 from tinychat.runtime.state import load_state, save_state
 from tinychat.tokenizer import Tokenizer
@@ -55,7 +58,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         h_ND: Tensor,
         weight_VD: Tensor,
@@ -79,7 +82,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> Any:
         h_grad_ND, weight_grad_VD = ctx.saved_tensors
         return h_grad_ND * slope, weight_grad_VD * slope, None, None, None, None
 
@@ -105,6 +108,23 @@ class LossFunction:
             self.chunk = torch.compile(cross_entropy_chunk, dynamic=False)
 
     def __call__(self, batch: Batch) -> Tensor:
+        try:
+            return self.loss(batch)
+        except Exception as error:
+            if not self.compiled:
+                raise
+            # A broken compiler shows when it is first used. If it wasn't the compiler, the same
+            # error comes again, and this time it is raised.
+            self.hidden, self.chunk, self.compiled = self.model.hidden, cross_entropy_chunk, False
+            loss = self.loss(batch)
+            logging.getLogger("tinychat").warning(
+                "torch.compile failed (%s); going on without it, more slowly.",
+                (str(error).strip() or type(error).__name__).splitlines()[0],
+            )
+            return loss
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss as the object is set up now, compiled or not."""
         device = self.model.device
         # Arrays from the mix share their memory with the tensors; tensors pass through.
         inputs_BT = torch.as_tensor(batch.inputs_BT, device=device)
@@ -211,12 +231,16 @@ class TrainConfig:
     "steps between validations"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "sequence", "accumulate", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("warmup", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it is a share from 0 to 1.")
+        rules = (
+            (("batch", "sequence", "accumulate", "evaluate_every"), 1, math.inf, "at least 1"),
+            (("steps", "seed", "weight_decay"), 0, math.inf, "0 or more"),
+            (("warmup", "decay"), 0, 1, "a share from 0 to 1"),
+            (("matrix_lr", "vector_lr", "clip", "save_minutes"), 1e-12, math.inf, "above 0"),
+        )
+        for names, low, high, wanted in rules:
+            for name in names:
+                if not low <= getattr(self, name) <= high:
+                    raise ConfigError(f"{name} is {getattr(self, name)}; it must be {wanted}.")
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f"precision is {self.precision!r}; choose bf16 or fp32.")
 
@@ -233,17 +257,6 @@ def train_preset(name: str) -> TrainConfig:
     if name == "small":  # for one GPU: 65,536 tokens a step
         return TrainConfig(batch=128, sequence=512, evaluate_every=100)
     return TrainConfig(batch=64, sequence=1024, accumulate=4, matrix_lr=0.015, evaluate_every=100)
-
-
-def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
-    """Return the factor on the learning rates at `step`: warm up, stay, fall (WSD).
-
-    Hu et al. 2024 (MiniCPM): the long flat middle lets one run be stopped, or made longer, at any
-    time, because only the fall at the end depends on where the end is.
-    """
-    rise = (step + 1) / max(1.0, warmup * steps)
-    fall = (steps - step) / max(1.0, decay * steps)
-    return max(0.0, min(1.0, rise, fall))
 
 
 def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -265,38 +278,71 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     return optimizers
 
 
-def pack_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Return weights and optimizer memory as one flat dictionary of tensors."""
-    names = {id(weight): name for name, weight in model.named_parameters()}
-    tensors = {f"model/{name}": weight.detach() for name, weight in model.named_parameters()}
-    for number, optimizer in enumerate(optimizers):
-        for weight, memory in optimizer.state.items():
-            for key, value in memory.items():
-                tensors[f"optimizer{number}/{names[id(weight)]}/{key}"] = value
-    return tensors
+def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
+    """Return the factor on the learning rates at `step`: warm up, stay, fall (WSD).
+
+    Hu et al. 2024 (MiniCPM): the long flat middle lets one run be stopped, or made longer, at any
+    time, because only the fall at the end depends on where the end is.
+    """
+    rise = (step + 1) / max(1.0, warmup * steps)
+    fall = (steps - step) / max(1.0, decay * steps)
+    return max(0.0, min(1.0, rise, fall))
 
 
-def unpack_state(
-    tensors: Mapping[str, Tensor], model: GPT, optimizers: list[torch.optim.Optimizer]
-) -> None:
-    """Put back what `pack_state` returned; ConfigError when it is of another model."""
-    parameters = dict(model.named_parameters())
-    for name, weight in parameters.items():
-        saved = tensors.get(f"model/{name}")
-        if saved is None or saved.shape != weight.shape:
-            raise ConfigError(
-                f"The saved run has another model shape (at {name!r}); "
-                "resume with the same preset, or start a new run with another --run name."
-            )
-        weight.data.copy_(saved)
-    for key, value in tensors.items():
-        kind, _, rest = key.partition("/")
-        if kind != "model":
-            name, _, field = rest.rpartition("/")
-            optimizer = optimizers[int(kind.removeprefix("optimizer"))]
-            # AdamW keeps its step counts on the CPU; everything else lives beside its weight.
-            device = "cpu" if value.ndim == 0 else parameters[name].device
-            optimizer.state[parameters[name]][field] = value.clone().to(device)
+def average(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its mean over all processes; one process alone changes nothing."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
+
+
+def largest(value: float, device: torch.device) -> float:
+    """Return the largest value of all processes: for what they must decide alike."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return shared.item()
+
+
+def train_step(
+    loss_function: LossFunction,
+    optimizers: Sequence[torch.optim.Optimizer],
+    batches: Sequence[Batch],
+    *,
+    factor: float,
+    clip: float,
+) -> tuple[float, float]:
+    """Change the weights once, by the mean loss over `batches` and all processes.
+
+    `factor` scales the peak learning rates. Returns the loss and the norm of the gradient before
+    clipping. Raises TinychatError, with all weights as they were, when either is not a number.
+    """
+    model = loss_function.model
+    # 1. Gradients: each batch adds its share.
+    total = torch.zeros((), device=model.device)
+    for batch in batches:
+        loss = loss_function(batch) / len(batches)
+        loss.backward()
+        total += loss.detach()
+    # 2. The other processes' gradients.
+    average([total, *(w.grad for w in model.parameters() if w.grad is not None)])
+    # 3. Clip.
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    if not math.isfinite(total.item()) or not math.isfinite(norm):
+        rate = optimizers[0].param_groups[0]["peak_lr"]
+        raise TinychatError(
+            f"The loss became {total.item():g} and its gradient {norm:g}; resume with a lower "
+            f"rate, for instance --set matrix_lr={rate / 2:g}."
+        )
+    # 4. Step, at this step's learning rates. 5. Forget the gradients.
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total.item(), norm
 
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> Tensor:
@@ -351,23 +397,63 @@ class Result(NamedTuple):
 
 
 class Budget:
-    """Turns minutes into a number of steps, by timing the first few steps of the run."""
+    """How long a run is: so many steps or, when that is 0, as many as `minutes` allow.
 
-    def __init__(self, minutes: float, trial: int = 6):
-        if not minutes > 0:
-            raise ConfigError(f"The budget is {minutes} minutes; give more than 0.")
+    Minutes become steps by timing the first few; put those into `times`, then call `settle`.
+    """
+
+    TRIAL = 6
+    FAR = 1_000_000
+    "stands for the number of steps until it is known"
+
+    def __init__(self, minutes: float, steps: int = 0):
+        if not steps and not 0 < minutes < math.inf:
+            raise ConfigError(f"The budget is {minutes:g} minutes; give a number above 0.")
         self.seconds = minutes * 60
-        self.trial = trial
         self.times: list[float] = []
+        self.known = steps > 0
+        self.steps = steps or self.FAR
 
-    def steps(self, done: int, seconds: float, spent: float) -> int | None:
-        """Take in the last step's `seconds`; return the total once it is known, else None."""
-        self.times.append(seconds)
-        if len(self.times) < self.trial:
-            return None
+    def settle(self, done: int, spent: float) -> None:
+        """Fix the number of steps, after `done` steps in all and `spent` seconds of the budget."""
         # The first step compiles, so it tells nothing; the median ignores a disturbed one.
-        typical = float(np.median(self.times[1:]))
-        return done + max(1, round((self.seconds - spent) / typical))
+        typical = float(np.median(self.times[1:] or self.times))
+        self.steps = done + max(1, round((self.seconds - spent) / typical))
+        self.known = True
+
+
+def pack_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Return weights and optimizer memory as one flat dictionary of tensors."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    tensors = {f"model/{name}": weight.detach() for name, weight in model.named_parameters()}
+    for number, optimizer in enumerate(optimizers):
+        for weight, memory in optimizer.state.items():
+            for key, value in memory.items():
+                tensors[f"optimizer{number}/{names[id(weight)]}/{key}"] = value
+    return tensors
+
+
+def unpack_state(
+    tensors: Mapping[str, Tensor], model: GPT, optimizers: list[torch.optim.Optimizer]
+) -> None:
+    """Put back what `pack_state` returned; ConfigError when it is of another model."""
+    parameters = dict(model.named_parameters())
+    for name, weight in parameters.items():
+        saved = tensors.get(f"model/{name}")
+        if saved is None or saved.shape != weight.shape:
+            raise ConfigError(
+                f"The saved run has another model shape (at {name!r}); "
+                "resume with the same preset, or start a new run with another --run name."
+            )
+        weight.data.copy_(saved)
+    for key, value in tensors.items():
+        kind, _, rest = key.partition("/")
+        if kind != "model":
+            name, _, field = rest.rpartition("/")
+            optimizer = optimizers[int(kind.removeprefix("optimizer"))]
+            # AdamW keeps its step counts on the CPU; everything else lives beside its weight.
+            device = "cpu" if value.ndim == 0 else parameters[name].device
+            optimizer.state[parameters[name]][field] = value.clone().to(device)
 
 
 def pretrain(
@@ -389,7 +475,7 @@ def pretrain(
     `micro_steps` is the total, so that the data can change towards the end. The total number of
     steps is `config.steps`, or what fits into `minutes`. A run killed at any moment and called
     again with `resume=True` goes on from its last saved state, to the same numbers; resuming with
-    more `minutes` makes the run longer.
+    more `minutes` makes the run longer. Raises ConfigError when `folder` holds another run.
     """
     folder = Path(folder)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -397,103 +483,84 @@ def pretrain(
     torch.manual_seed(config.seed)
     optimizers = make_optimizers(model, config)
     loss_function = LossFunction(model, dtype=config.dtype, compiled=config.compiled)
-    step, steps, tokens, seconds_before = 0, config.steps, 0, 0.0
 
     # 1. Take up the saved state, or begin.
-    saved = load_state(folder) if resume else None
-    if saved is not None:
-        tensors, scalars = saved
-        unpack_state(tensors, model, optimizers)
-        step, tokens, seconds_before = scalars["step"], scalars["tokens"], scalars["seconds"]
-        steps = config.steps or (0 if minutes else scalars["steps"])
-    elif not resume and load_state(folder) is not None:
+    saved = load_state(folder)
+    if saved is not None and not resume:
         raise ConfigError(
             f"{folder} already holds a run; add --resume to go on with it, "
             "or choose another name with --run."
         )
-    first_step = step
-    budget = Budget(minutes) if not steps else None
-    # Until the budget is known, any total will do that is far away: the schedule is still rising
-    # (a new run) or flat (a resumed one).
-    steps = steps or 1_000_000
-    writer = MetricsWriter(folder / "metrics.jsonl", resume_step=step) if rank == 0 else None
-    last_save, loss, bits = time.monotonic(), math.nan, {}
-    stream: Iterator[Batch] | None = None
+    step, tokens, seconds_before, loss = 0, 0, 0.0, math.nan
+    bits: dict[str, float] = {}
+    budget_steps = config.steps
+    if saved is not None:
+        tensors, scalars = saved
+        unpack_state(tensors, model, optimizers)
+        step, tokens, seconds_before = scalars["step"], scalars["tokens"], scalars["seconds"]
+        loss, bits = scalars.get("loss", loss), scalars.get("bits_per_byte", bits)
+        if not config.steps and not minutes:
+            budget_steps = scalars["steps"]
+    budget = Budget(minutes, budget_steps)
+    first_step, last_save = step, time.monotonic()
+
+    def stream() -> Iterator[Batch]:
+        return batches_from(step * config.accumulate, budget.steps * config.accumulate)
+
+    def spent() -> float:
+        return time.monotonic() - started
 
     def save() -> None:
-        if rank == 0 and budget is None:
-            spent = seconds_before + time.monotonic() - started
-            scalars = {"step": step, "steps": steps, "tokens": tokens, "seconds": spent}
-            state = pack_state(model, optimizers)
-            save_state(folder, state, scalars | {"config": asdict(config)})
+        if rank == 0:
+            scalars = {"step": step, "steps": budget.steps, "tokens": tokens, "loss": loss}
+            scalars |= {"seconds": seconds_before + spent(), "bits_per_byte": bits}
+            scalars |= {"config": asdict(config)}
+            save_state(folder, pack_state(model, optimizers), scalars)
 
-    while step < steps:
-        step_started = time.monotonic()
-        # 2. The learning rates of this step.
-        factor = schedule(step, steps, config.warmup, config.decay)
-        if budget is not None:
-            factor = min(1.0, (step + 1) / 100) if saved is None else 1.0
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-        # 3. Gradients of the mean loss over all micro-batches and processes.
-        if stream is None:
-            stream = batches_from(step * config.accumulate, steps * config.accumulate)
-        total = torch.zeros((), device=model.device)
-        for _ in range(config.accumulate):
-            batch = next(stream)
-            part = loss_function(batch)
-            (part / config.accumulate).backward()
-            total += part.detach() / config.accumulate
-        if world > 1:
-            for weight in model.parameters():
-                dist.all_reduce(weight.grad, op=dist.ReduceOp.AVG)
-            dist.all_reduce(total, op=dist.ReduceOp.AVG)
-        # 4. Clip, step, forget.
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        loss = total.item()
-        if not math.isfinite(loss):
-            raise TinychatError(
-                f"The loss became {loss} at step {step}; resume with a lower rate, for instance "
-                f"--set matrix_lr={config.matrix_lr / 2:g}."
+    log = MetricsWriter(folder / "metrics.jsonl", resume_step=step) if rank == 0 else nullcontext()
+    with log as writer:
+        batches, stopped = stream(), False
+        while step < budget.steps and not stopped:
+            step_started = time.monotonic()
+            # 2. One step. Before the end is known, a new run rises and a resumed one is flat.
+            factor = 1.0 if saved is not None else min(1.0, (step + 1) / 100)
+            if budget.known:
+                factor = schedule(step, budget.steps, config.warmup, config.decay)
+            micro_batches = list(islice(batches, config.accumulate))
+            if len(micro_batches) < config.accumulate:
+                raise DataError(f"The text ended at step {step} of {budget.steps}; add more.")
+            loss, norm = train_step(
+                loss_function, optimizers, micro_batches, factor=factor, clip=config.clip
             )
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
-        tokens += config.batch * config.sequence * config.accumulate * world
-        seconds = time.monotonic() - step_started
-        # 5. How many steps fit the budget.
-        if budget is not None:
-            known = budget.steps(step, seconds, time.monotonic() - started)
-            if known is not None:
-                steps, budget, stream = known, None, None
-        # 6. Validate, report, save.
-        if validation and (step % config.evaluate_every == 0 or step == steps):
-            assert token_bytes_V is not None
-            bits = {
-                name: bits_per_byte(loss_function, make(), token_bytes_V)
-                for name, make in validation.items()
-            }
-        rate = config.batch * config.sequence * config.accumulate * world / seconds
-        # The first steps of a process compile, so they tell nothing about the time left.
-        settled = budget is None and step - first_step > 3
-        left = (steps - step) * seconds if settled else math.nan
-        on_step(Progress(step, steps, loss, tokens, rate, left, bits))
-        if writer is not None:
-            row = {"step": step, "loss": loss, "tokens": tokens, "lr": factor, "norm": norm.item()}
-            row |= {"tokens_per_second": rate, "seconds": seconds}
-            if validation and (step % config.evaluate_every == 0 or step == steps):
-                row["bits_per_byte"] = bits
-            writer.write(row)
-        if time.monotonic() - last_save > config.save_minutes * 60:
-            save()
-            last_save = time.monotonic()
-        if should_stop():
-            break
-    budget = None
+            step += 1
+            read = config.batch * config.sequence * config.accumulate * world
+            tokens += read
+            seconds = time.monotonic() - step_started
+            # 3. Measure and report.
+            row: dict[str, Any] = {"step": step, "loss": loss, "tokens": tokens}
+            row |= {"lr": factor, "norm": norm}
+            row |= {"tokens_per_second": read / seconds, "seconds": seconds}
+            if validation and (step % config.evaluate_every == 0 or step == budget.steps):
+                assert token_bytes_V is not None
+                bits = row["bits_per_byte"] = {
+                    name: bits_per_byte(loss_function, make(), token_bytes_V)
+                    for name, make in validation.items()
+                }
+            if writer is not None:
+                writer.write(row)
+            # The first steps of a process compile, so they tell nothing about the time left.
+            settled = budget.known and step - first_step > 3
+            left = (budget.steps - step) * seconds if settled else math.nan
+            on_step(Progress(step, budget.steps, loss, tokens, read / seconds, left, bits))
+            # 4. Stop when asked to, know the budget, save.
+            stopped = largest(should_stop(), model.device) > 0
+            if not budget.known:
+                budget.times.append(largest(seconds, model.device))
+                if stopped or len(budget.times) == budget.TRIAL:
+                    budget.settle(step, largest(spent(), model.device))
+                    batches = stream()
+            if budget.known and time.monotonic() - last_save > config.save_minutes * 60:
+                save()
+                last_save = time.monotonic()
     save()
-    if writer is not None:
-        writer.close()
-    spent = seconds_before + time.monotonic() - started
-    return Result(step, steps, tokens, spent, loss, bits)
+    return Result(step, budget.steps, tokens, seconds_before + spent(), loss, bits)
