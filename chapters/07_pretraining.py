@@ -10,12 +10,29 @@
 # # Pretraining
 #
 # Teach the network to predict the next token: loss, optimizers, schedule, and a loop that survives.
+#
+# Chapter 06 left you with a GPT that knows nothing. Every next token seems equally likely to it.
+# Now it reads. For every token of a text it says what it expects, sees what really comes, and
+# changes its weights a little. Nobody marks the text up; the next word is the answer. That is all
+# of pretraining, and almost all of what a language model knows comes from it.
+#
+# You will build four things:
+#
+# 1. **a loss**: how surprised the model was, without running out of memory;
+# 2. **optimizers**: from plain gradient descent to AdamW and Muon;
+# 3. **a schedule** of learning rates that leaves the end open;
+# 4. **a loop** that fits a budget of minutes and survives being killed.
+#
+# At the end you train a small model of your own. It takes about a minute.
 
 # %% tags=["export"]
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +44,136 @@ from torch import Tensor, nn
 from tinychat.data.batch import Batch
 from tinychat.gpt import GPT, preset
 from tinychat.runtime.device import has_compiler
-from tinychat.runtime.errors import ConfigError, TinychatError
+from tinychat.runtime.errors import ConfigError, DataError, TinychatError
 from tinychat.runtime.metrics import MetricsWriter
 from tinychat.runtime.state import load_state, save_state
 from tinychat.tokenizer import Tokenizer
+
+# %%
+import os
+import shutil
+import sys
+import tempfile
+
+import torch.nn.functional as F
+
+from tinychat.data import tokenizer_model
+from tinychat.data.mix import Mix, Phase
+from tinychat.data.prepare import prepare
+from tinychat.gpt import GPTConfig, load_model, save_model
+from tinychat.runtime import checkpoint
+from tinychat.runtime.device import describe_hardware, set_threads
+from tinychat.runtime.errors import CheckpointError
+from tinychat.runtime.metrics import read_metrics
+
+FAST = os.environ.get("TINYCHAT_FAST") == "1"
+PRESET = os.environ.get("TINYCHAT_PRESET", "nano")
+MINUTES = float(os.environ.get("TINYCHAT_MINUTES", "0.5"))
+BOOK = Path("runs/book")
+set_threads()
+
+# %% [markdown]
+# ## Text becomes batches
+#
+# The book's own text is small: stories, explanations and dialogues that come with the package. You
+# turn it into token numbers once, and keep them in files, one for each source (a *shard*). A part
+# of the documents is set aside and never trained on; that part tells you later whether the model
+# learned to read or learned by heart.
+
+# %%
+tokenizer = Tokenizer(tokenizer_model())
+shards = prepare(None, BOOK / "shards", tokenizer)
+for split, sources in shards.items():
+    for name, shard in sources.items():
+        print(f"{split:>10} {name:>13}: {shard.tokens:8,} tokens of {shard.documents:5,} documents")
+
+# %% [markdown]
+# Training wants windows of equal length, from all sources, in a random order that it can repeat.
+# `Mix` decides which window is the i-th by arithmetic alone. It remembers nothing, and that will
+# pay off when a run has to go on where it was killed.
+#
+# A batch holds the same text twice. The targets are the inputs moved by one place: at every place,
+# the target is the token that comes next. So a window of T tokens gives T exercises at once.
+
+# %%
+SEQUENCE, BATCH = (64, 8) if FAST else (128, 8)
+WEIGHTS = {"stories": 2.0, "explanations": 1.0, "dialogues": 1.0}
+
+
+def book_batches(split: str, batch: int, sequence: int) -> Callable[[int, int], Iterator[Batch]]:
+    """Return what `pretrain` below asks for: a function that yields batches from any step on."""
+
+    def batches_from(step: int, steps: int) -> Iterator[Batch]:
+        total = batch * steps
+        mix = Mix(shards[split], [Phase(1.0, WEIGHTS)], sequence=sequence, seed=0, total=total)
+        return mix.batches(step, batch, steps - step)
+
+    return batches_from
+
+
+batch = next(book_batches("train", BATCH, SEQUENCE)(0, 100))
+print("inputs: ", batch.inputs_BT.shape, tokenizer.decode(batch.inputs_BT[0, :12].tolist()))
+print("targets:", batch.targets_BT.shape, tokenizer.decode(batch.targets_BT[0, :12].tolist()))
+
+# %% tags=["test"]
+assert (batch.inputs_BT[:, 1:] == batch.targets_BT[:, :-1]).all()
+# The fifth batch is the fifth batch, whether you read the four before it or not.
+batches_from = book_batches("train", BATCH, SEQUENCE)
+fifth = list(islice(batches_from(0, 100), 5))[-1]
+assert (fifth.inputs_BT == next(batches_from(4, 100)).inputs_BT).all()
+
+# %% [markdown]
+# ## Loss is surprise
+#
+# The model gives a probability to every token. You look up the one that it gave to the token that
+# really came. If that was near one, the model wasn't surprised. If it was tiny, it was. **Surprise**
+# is minus the logarithm of this probability: nothing for a certainty, and it grows without end as
+# the probability shrinks. With the natural logarithm its unit is the *nat*, with base two the *bit*.
+
+# %%
+for probability in (1.0, 0.5, 0.1, 0.001, 1 / tokenizer.vocab_size):
+    nats = math.log(1 / probability)
+    print(f"probability {probability:8.4%}: {nats:5.2f} nats = {nats / math.log(2):5.2f} bits")
+
+# %% [markdown]
+# The last line is the surprise of a model that knows nothing. Ours starts there: its first loss must
+# be the logarithm of the size of the vocabulary. If it isn't, something is broken before training
+# has begun. Check it each time you build a model.
+
+# %%
+torch.manual_seed(0)
+model = GPT(preset(PRESET))
+inputs_BT, targets_BT = torch.from_numpy(batch.inputs_BT), torch.from_numpy(batch.targets_BT)
+with torch.no_grad():
+    logits_BTV = model(inputs_BT)
+first_loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten()).item()
+print(f"{model.config.parameters / 1e6:.1f} M weights")
+print(f"loss {first_loss:.3f}, knowing nothing {math.log(tokenizer.vocab_size):.3f}")
+
+# %% tags=["test"]
+assert abs(first_loss - math.log(tokenizer.vocab_size)) < 0.05
+
+# %% [markdown]
+# ## The loss without the logits
+#
+# Look at the shape of those logits: one score for every token of the vocabulary, at every place of
+# every row. They are the largest thing in a training step by far.
+
+# %%
+config = preset("mini")
+places = 32 * 256
+print(f"hidden vectors of a step: {places * config.width * 4 / 1e6:7.1f} MB")
+print(f"its logits:               {places * config.vocab_size * 4 / 1e6:7.1f} MB")
+
+# %% [markdown]
+# And they have to be read and written several times: for the largest, for the sum, for the gradient.
+# Memory is slow, so this takes longer than the arithmetic.
+#
+# Two ideas help. The first: **do a few hundred places at a time**, small enough to stay in the
+# processor's cache. Nobody needs all logits at once, only their loss. The second: **take the
+# gradient right away**. Chapter 01 showed how simple the slope of cross-entropy is: the
+# probabilities, minus one at the right answer. Everything that it needs is at hand in the moment you
+# have the loss. So you never store logits for the backward pass at all.
 
 
 # %% tags=["export"]
@@ -64,7 +207,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         h_ND: Tensor,
         weight_VD: Tensor,
@@ -88,9 +231,60 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> Any:
         h_grad_ND, weight_grad_VD = ctx.saved_tensors
         return h_grad_ND * slope, weight_grad_VD * slope, None, None, None, None
+
+
+# %% [markdown]
+# Writing gradients by hand is a good way to be wrong. So compare with PyTorch's own function, in
+# value and in both gradients. The chunk is chosen so that the last one is smaller, and some targets
+# are masked.
+
+# %%
+torch.manual_seed(1)
+h_ND = torch.randn(50, 16, requires_grad=True)
+weight_VD = torch.randn(99, 16, requires_grad=True)
+targets_N = torch.randint(99, (50,))
+mask_N = (torch.rand(50) < 0.7).float()
+
+ours = ChunkedCrossEntropy.apply(
+    h_ND, weight_VD, targets_N, mask_N / mask_N.sum(), 16, cross_entropy_chunk
+)
+our_slopes = torch.autograd.grad(ours, (h_ND, weight_VD))
+each_N = F.cross_entropy(h_ND @ weight_VD.T, targets_N, reduction="none")
+theirs = (each_N * mask_N).sum() / mask_N.sum()
+their_slopes = torch.autograd.grad(theirs, (h_ND, weight_VD))
+print(f"loss: ours {ours.item():.6f}, PyTorch's {theirs.item():.6f}")
+for name, a, b in zip(("hidden", "embedding"), our_slopes, their_slopes, strict=True):
+    print(f"largest difference in the gradient of the {name}: {(a - b).abs().max():.1e}")
+
+# %% tags=["test"]
+torch.testing.assert_close(ours, theirs)
+torch.testing.assert_close(our_slopes, their_slopes)
+
+# %% [markdown]
+# ## Fewer bits a number
+#
+# A number in `float32` takes 32 bits, in `bfloat16` half of that. It keeps the exponent, so that it
+# reaches as far, and gives up digits: it knows about three of them.
+
+# %%
+for number in (3.14159265, 1e-30, 1e30, 256.0 + 1.0):
+    short = torch.tensor(number, dtype=torch.bfloat16).item()
+    print(f"{number:>14.8g} becomes {short:.8g}")
+
+# %% [markdown]
+# That is enough for multiplying matrices, where errors average out, and processors with the right
+# instructions do it much faster. It is not enough for *adding up*: the last line shows a number that
+# swallowed what was added to it. A weight that gets a tiny step each time would never move. So the
+# rule is (Micikevicius et al. 2018, for its older cousin float16): products in few bits, sums and
+# weights in many. PyTorch's `autocast` follows it.
+#
+# The class below puts the loss together: the model's hidden vectors under autocast, then the chunked
+# cross-entropy with the embedding table (which is also the output layer, chapter 06). Where a C++
+# compiler is at hand, `torch.compile` fuses small operations into large ones. Compilers on other
+# people's machines are often broken, so the class can do without.
 
 
 # %% tags=["export"]
@@ -115,6 +309,23 @@ class LossFunction:
             self.chunk = torch.compile(cross_entropy_chunk, dynamic=False)
 
     def __call__(self, batch: Batch) -> Tensor:
+        try:
+            return self.loss(batch)
+        except Exception as error:
+            if not self.compiled:
+                raise
+            # A broken compiler shows when it is first used. If it wasn't the compiler, the same
+            # error comes again, and this time it is raised.
+            self.hidden, self.chunk, self.compiled = self.model.hidden, cross_entropy_chunk, False
+            loss = self.loss(batch)
+            logging.getLogger("tinychat").warning(
+                "torch.compile failed (%s); going on without it, more slowly.",
+                (str(error).strip() or type(error).__name__).splitlines()[0],
+            )
+            return loss
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss as the object is set up now, compiled or not."""
         device = self.model.device
         # Arrays from the mix share their memory with the tensors; tensors pass through.
         inputs_BT = torch.as_tensor(batch.inputs_BT, device=device)
@@ -136,6 +347,124 @@ class LossFunction:
         )
 
 
+# %%
+def seconds_a_step(dtype: torch.dtype) -> float:
+    """The best time of a few losses with their gradients."""
+    loss_function = LossFunction(model, dtype=dtype, compiled=False)
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        loss_function(batch).backward()
+        times.append(time.perf_counter() - begin)
+        model.zero_grad()
+    return min(times)
+
+
+speeds = {"fp32": seconds_a_step(torch.float32), "bf16": seconds_a_step(torch.bfloat16)}
+PRECISION = min(speeds, key=lambda name: speeds[name])
+print("this processor's special instructions:", describe_hardware()["flags"])
+for name, seconds in speeds.items():
+    print(f"{name}: {BATCH * SEQUENCE / seconds:8,.0f} tokens a second")
+print(f"the rest of this chapter uses {PRECISION}")
+
+# %% [markdown]
+# ## Downhill
+#
+# The gradient says for every weight in which direction the loss rises. **Gradient descent** goes the
+# other way, by a small share of it: the *learning rate*.
+#
+# Its weakness shows in a long, narrow valley. Here is one with two weights. The loss is a hundred
+# times steeper across than along. A rate that is safe across is far too small along; a rate that
+# suits the long way throws you from wall to wall.
+
+
+# %%
+def valley(xy: Tensor) -> Tensor:
+    return 0.5 * (xy[0] ** 2 + 100 * xy[1] ** 2)
+
+
+def descend(step: Callable[[Tensor, Tensor], None], count: int = 60) -> Tensor:
+    """Take `count` steps from the same start; return where they lead."""
+    xy = torch.tensor([3.0, 1.0], requires_grad=True)
+    for _ in range(count):
+        (slope,) = torch.autograd.grad(valley(xy), xy)
+        with torch.no_grad():
+            step(xy, slope)
+    return xy.detach()
+
+
+for rate in (0.001, 0.01, 0.019, 0.021):
+    end = descend(lambda xy, slope, rate=rate: xy.sub_(rate * slope))
+    print(f"gradient descent, rate {rate:5.3f}: the loss ends at {valley(end):9.2g}")
+
+# %% [markdown]
+# **Adam** keeps two running averages for each weight: of its gradient, and of its gradient squared.
+# It divides the first by the root of the second. What is left is about the size of one, whether the
+# gradient is measured in thousands or thousandths. So every weight takes steps of about the size of
+# the learning rate. The two corrections make up for averages that start at zero. The W in **AdamW**
+# (Loshchilov and Hutter 2019) is *weight decay*: each step also shrinks the weight itself a little.
+
+
+# %%
+class AdamWByHand:
+    def __init__(
+        self, rate: float, decay: float = 0.0, keep: float = 0.9, keep_square: float = 0.95
+    ):
+        self.rate, self.decay, self.keep, self.keep_square = rate, decay, keep, keep_square
+        self.mean, self.square, self.count = torch.zeros(2), torch.zeros(2), 0
+
+    def __call__(self, weight: Tensor, slope: Tensor) -> None:
+        self.count += 1
+        self.mean = self.keep * self.mean + (1 - self.keep) * slope
+        self.square = self.keep_square * self.square + (1 - self.keep_square) * slope**2
+        mean = self.mean / (1 - self.keep**self.count)
+        square = self.square / (1 - self.keep_square**self.count)
+        weight -= self.rate * self.decay * weight
+        weight -= self.rate * mean / (square.sqrt() + 1e-8)
+
+
+end = descend(AdamWByHand(rate=0.1))
+print(f"Adam, the same rate for both weights: the loss ends at {valley(end):9.2g}")
+
+# %% tags=["test"]
+weights = torch.tensor([3.0, 1.0], requires_grad=True)
+adam = torch.optim.AdamW([weights], lr=0.1, betas=(0.9, 0.95), weight_decay=0.2)
+for _ in range(60):
+    adam.zero_grad()
+    valley(weights).backward()
+    adam.step()
+torch.testing.assert_close(
+    weights.detach(), descend(AdamWByHand(rate=0.1, decay=0.2)), atol=1e-5, rtol=1e-4
+)
+
+# %% [markdown]
+# ## Muon: all directions at once
+#
+# Adam treats a matrix as a bag of separate numbers. But a matrix does something as a whole: it turns
+# and stretches. The **singular values** say by how much it stretches in each of its own directions.
+# Look at those of a real gradient, of one matrix in the middle of a block, on the batch from above.
+
+# %%
+LossFunction(model, dtype=torch.float32, compiled=False)(batch).backward()
+gradient = model.blocks[1].feed_forward.down.weight.grad.clone()
+model.zero_grad()
+before = torch.linalg.svdvals(gradient)
+share = before.square().cumsum(0) / before.square().sum()
+count = int((share < 0.9).sum()) + 1
+print(f"{len(before)} directions; the strongest {count} hold 90 % of the gradient's size")
+
+# %% [markdown]
+# Some directions are loud, and the rest whisper. The loud ones belong to frequent things: full
+# stops, "the", "and". Rare things whisper, and with plain steps they are learned last. **Muon** (Jordan et al.
+# 2024) makes all directions equally loud: it keeps them, and sets every singular value near one.
+#
+# The exact way is a singular value decomposition, $U S V^T$, and then $U V^T$. It is slow. The
+# trick is a polynomial of odd powers. Put a matrix into $aX + b(XX^T)X + c(XX^T)^2X$, and its
+# directions stay as they are, while each singular value $s$ becomes $as + bs^3 + cs^5$. With the
+# right three numbers, small values grow quickly and those near one stay there. Five rounds do, and
+# a round is only three products of matrices.
+
+
 # %% tags=["export"]
 def orthogonalize(gradients: Tensor, steps: int = 5) -> Tensor:
     """Move each matrix of `[N, rows, columns]` towards the nearest one with equal singular values.
@@ -152,6 +481,33 @@ def orthogonalize(gradients: Tensor, steps: int = 5) -> Tensor:
         square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
     return x.mT if tall else x
+
+
+# %%
+after = torch.linalg.svdvals(orthogonalize(gradient[None])[0].float())
+print("singular value     before    after")
+for place in range(0, len(before), max(1, len(before) // 8)):
+    bar = "█" * round(20 * float(after[place]))
+    print(f"{place + 1:>10}.    {before[place] / before[0]:9.4f} {after[place]:8.2f} {bar}")
+
+# %% tags=["test"]
+torch.manual_seed(2)
+wide = torch.randn(24, 40)
+u, s, vt = torch.linalg.svd(wide, full_matrices=False)
+found = orthogonalize(wide[None])[0].float()
+values = torch.linalg.svdvals(found)
+assert 0.6 < values.min() and values.max() < 1.3
+# The directions are those of the exact answer: the angle between the two matrices is small.
+assert F.cosine_similarity(found.flatten(), (u @ vt).flatten(), dim=0) > 0.95
+
+# %% [markdown]
+# The values needn't be exactly one; roughly equal is what matters. If some at the end of your table
+# are smaller: they were so tiny that five rounds couldn't lift them, and there is little in them but
+# noise.
+#
+# The optimizer adds momentum: it remembers a running average of past gradients and looks one step
+# ahead with it (Nesterov). All matrices of one shape go through the polynomial together, which
+# keeps the processor busier than one after the other would.
 
 
 # %% tags=["export"]
@@ -185,6 +541,14 @@ class Muon(torch.optim.Optimizer):
                 scale = max(1.0, rows / columns) ** 0.5
                 for (weight, _), update in zip(pairs, updates, strict=True):
                     weight.add_(update.to(weight.dtype), alpha=-group["lr"] * scale)
+
+
+# %% [markdown]
+# ## All settings in one place
+#
+# Muon is for matrices that turn vectors into vectors. The embedding is a table of rows, looked up
+# one at a time, and the norms are lists of numbers; AdamW keeps those. The config holds what decides
+# a run. A preset picks it, and a value without sense is refused before the first minute is spent.
 
 
 # %% tags=["export"]
@@ -224,12 +588,16 @@ class TrainConfig:
     "steps between validations"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "sequence", "accumulate", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("warmup", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it is a share from 0 to 1.")
+        rules = (
+            (("batch", "sequence", "accumulate", "evaluate_every"), 1, math.inf, "at least 1"),
+            (("steps", "seed", "weight_decay"), 0, math.inf, "0 or more"),
+            (("warmup", "decay"), 0, 1, "a share from 0 to 1"),
+            (("matrix_lr", "vector_lr", "clip", "save_minutes"), 1e-12, math.inf, "above 0"),
+        )
+        for names, low, high, wanted in rules:
+            for name in names:
+                if not low <= getattr(self, name) <= high:
+                    raise ConfigError(f"{name} is {getattr(self, name)}; it must be {wanted}.")
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f"precision is {self.precision!r}; choose bf16 or fp32.")
 
@@ -250,18 +618,6 @@ def train_preset(name: str) -> TrainConfig:
 
 
 # %% tags=["export"]
-def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
-    """Return the factor on the learning rates at `step`: warm up, stay, fall (WSD).
-
-    Hu et al. 2024 (MiniCPM): the long flat middle lets one run be stopped, or made longer, at any
-    time, because only the fall at the end depends on where the end is.
-    """
-    rise = (step + 1) / max(1.0, warmup * steps)
-    fall = (steps - step) / max(1.0, decay * steps)
-    return max(0.0, min(1.0, rise, fall))
-
-
-# %% tags=["export"]
 def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for every matrix in the blocks, AdamW for the embedding and the norms."""
     matrices = [w for w in model.blocks.parameters() if w.ndim == 2]
@@ -279,6 +635,285 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+# %%
+settings = train_preset(PRESET)
+for optimizer in make_optimizers(model, settings):
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    size = sum(weight.numel() for weight in weights)
+    print(f"{type(optimizer).__name__:>6}: {len(weights):3} tensors, {size:10,} weights")
+
+try:
+    TrainConfig(batch=0)
+except ConfigError as error:
+    print(error)
+
+# %% tags=["test"]
+together = [
+    w for o in make_optimizers(model, settings) for g in o.param_groups for w in g["params"]
+]
+assert sorted(map(id, together)) == sorted(map(id, model.parameters()))
+
+# %% [markdown]
+# ## Warm up, stay, fall
+#
+# The learning rate isn't the same all the time. At the *start* the averages of the optimizers rest
+# on a handful of gradients, so you begin gently. At the *end* you want to settle: a walker who takes
+# long strides never comes to rest at the bottom of the valley. In between, the rate stays flat.
+#
+# The popular alternative is a cosine, which falls all the way. It has to know the end from the
+# start. The flat middle (Hu et al. 2024) doesn't: you can stop anywhere in it, add an hour, and only
+# the fall moves.
+
+
+# %% tags=["export"]
+def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
+    """Return the factor on the learning rates at `step`: warm up, stay, fall (WSD).
+
+    Hu et al. 2024 (MiniCPM): the long flat middle lets one run be stopped, or made longer, at any
+    time, because only the fall at the end depends on where the end is.
+    """
+    rise = (step + 1) / max(1.0, warmup * steps)
+    fall = (steps - step) / max(1.0, decay * steps)
+    return max(0.0, min(1.0, rise, fall))
+
+
+# %%
+for step in (*range(0, 100, 5), 99):
+    factor = schedule(step, 100, warmup=0.1, decay=0.3)
+    print(f"step {step:3} {'█' * round(40 * factor)} {factor:.2f}")
+
+# %% tags=["test"]
+assert schedule(0, 100, warmup=0.1, decay=0.3) == 0.1
+assert schedule(50, 100, warmup=0.1, decay=0.3) == 1
+assert schedule(85, 100, warmup=0.1, decay=0.3) == 0.5
+assert 0 < schedule(99, 100, warmup=0.1, decay=0.3) < 0.05, "even the last step moves a little"
+
+# %% [markdown]
+# ## One step
+#
+# Now one step of training, in its five parts. Two things in it are for size. When a batch doesn't fit
+# into memory, read it in pieces and let the gradients add up: *gradient accumulation*. When there
+# are several processors, each reads a part of the batch and they average their gradients: *data
+# parallelism*. Both change where the work is done, and not the result.
+#
+# **Clipping** is a safety belt. Once in a while a strange batch makes an enormous gradient. If the
+# length of the whole gradient exceeds a bound, it is scaled back to it; its direction stays.
+
+
+# %% tags=["export"]
+def average(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its mean over all processes; one process alone changes nothing."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
+
+
+def largest(value: float, device: torch.device) -> float:
+    """Return the largest value of all processes: for what they must decide alike."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return shared.item()
+
+
+# %% tags=["export"]
+def train_step(
+    loss_function: LossFunction,
+    optimizers: Sequence[torch.optim.Optimizer],
+    batches: Sequence[Batch],
+    *,
+    factor: float,
+    clip: float,
+) -> tuple[float, float]:
+    """Change the weights once, by the mean loss over `batches` and all processes.
+
+    `factor` scales the peak learning rates. Returns the loss and the norm of the gradient before
+    clipping. Raises TinychatError, with all weights as they were, when either is not a number.
+    """
+    model = loss_function.model
+    # 1. Gradients: each batch adds its share.
+    total = torch.zeros((), device=model.device)
+    for batch in batches:
+        loss = loss_function(batch) / len(batches)
+        loss.backward()
+        total += loss.detach()
+    # 2. The other processes' gradients.
+    average([total, *(w.grad for w in model.parameters() if w.grad is not None)])
+    # 3. Clip.
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    if not math.isfinite(total.item()) or not math.isfinite(norm):
+        rate = optimizers[0].param_groups[0]["peak_lr"]
+        raise TinychatError(
+            f"The loss became {total.item():g} and its gradient {norm:g}; resume with a lower "
+            f"rate, for instance --set matrix_lr={rate / 2:g}."
+        )
+    # 4. Step, at this step's learning rates. 5. Forget the gradients.
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total.item(), norm
+
+
+# %% [markdown]
+# The first test of any training loop: can it learn one batch by heart? If it can't, don't look any
+# further. A tiny model will do.
+
+# %%
+TINY = GPTConfig(width=64, layers=2, heads=2, kv_heads=1, head_width=32, hidden=128, context=64)
+FEW = next(book_batches("train", 2, 32)(0, 10))
+torch.manual_seed(0)
+pupil = GPT(TINY)
+plain = TrainConfig(precision="fp32", compiled=False)
+loss_function = LossFunction(pupil, dtype=plain.dtype, compiled=False)
+optimizers = make_optimizers(pupil, plain)
+for step in range(61):
+    loss, norm = train_step(loss_function, optimizers, [FEW], factor=1.0, clip=plain.clip)
+    if step % 10 == 0:
+        print(f"step {step:3}: loss {loss:7.4f}, length of the gradient {norm:6.3f}")
+
+# %% tags=["test"]
+assert loss < 0.05
+
+# %% [markdown]
+# ## A measure that travels
+#
+# Loss a token depends on how the tokenizer cuts the text. Longer tokens are fewer, and each is
+# harder to guess. So two models with different tokenizers can't be compared by it. **Bits per byte**
+# can: add up the surprise in bits over a whole text, and divide by its length in bytes.
+
+
+# %% tags=["export"]
+def bytes_of_tokens(tokenizer: Tokenizer) -> Tensor:
+    """Return how many bytes of text each token stands for, `[V]`; control tokens stand for 0."""
+    return torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+
+
+# %% tags=["export"]
+@torch.no_grad()
+def bits_per_byte(
+    loss_function: LossFunction, batches: Iterable[Batch], token_bytes_V: Tensor
+) -> float:
+    """Return the bits that the model needs for each byte of text.
+
+    A loss per token depends on how the tokenizer cuts; bits per byte can be compared between
+    tokenizers. Targets that stand for no text (control tokens) don't count.
+    """
+    nats, size = 0.0, 0
+    for batch in batches:
+        bytes_BT = token_bytes_V[torch.as_tensor(batch.targets_BT)]
+        counted_BT = (bytes_BT > 0) & torch.as_tensor(batch.mask_BT).bool()
+        counted = replace(batch, mask_BT=counted_BT)
+        nats += float(loss_function(counted)) * int(counted_BT.sum())
+        size += int(bytes_BT[counted_BT].sum())
+    return nats / math.log(2) / max(size, 1)
+
+
+# %%
+token_bytes_V = bytes_of_tokens(tokenizer)
+
+
+def unseen() -> Iterable[Batch]:
+    """The same windows of validation text each time."""
+    count = 2 if FAST else 6
+    return book_batches("validation", BATCH, SEQUENCE)(0, count)
+
+
+untrained = bits_per_byte(
+    LossFunction(model, dtype=torch.float32, compiled=False), unseen(), token_bytes_V
+)
+print(f"a byte has 8 bits; the untrained model needs {untrained:.2f} of them")
+
+# %% [markdown]
+# An untrained model does better than eight bits a byte, without knowing anything. The tokenizer did
+# that: it was trained, and whoever writes in tokens has already packed the text.
+#
+# ## How long is a run?
+#
+# You rarely know how many steps you want. You know how long you can wait. So the loop takes minutes,
+# times its first few steps, and works the rest out. The first step doesn't count, because compiling
+# happens in it.
+
+
+# %% tags=["export"]
+class Progress(NamedTuple):
+    """What the loop reports after every step."""
+
+    step: int
+    steps: int
+    loss: float
+    tokens: int
+    tokens_per_second: float
+    seconds_left: float
+    bits_per_byte: dict[str, float]
+
+
+class Result(NamedTuple):
+    """How a run ended."""
+
+    step: int
+    steps: int
+    tokens: int
+    seconds: float
+    loss: float
+    bits_per_byte: dict[str, float]
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.steps
+
+
+# %% tags=["export"]
+class Budget:
+    """How long a run is: so many steps or, when that is 0, as many as `minutes` allow.
+
+    Minutes become steps by timing the first few; put those into `times`, then call `settle`.
+    """
+
+    TRIAL = 6
+    FAR = 1_000_000
+    "stands for the number of steps until it is known"
+
+    def __init__(self, minutes: float, steps: int = 0):
+        if not steps and not 0 < minutes < math.inf:
+            raise ConfigError(f"The budget is {minutes:g} minutes; give a number above 0.")
+        self.seconds = minutes * 60
+        self.times: list[float] = []
+        self.known = steps > 0
+        self.steps = steps or self.FAR
+
+    def settle(self, done: int, spent: float) -> None:
+        """Fix the number of steps, after `done` steps in all and `spent` seconds of the budget."""
+        # The first step compiles, so it tells nothing; the median ignores a disturbed one.
+        typical = float(np.median(self.times[1:] or self.times))
+        self.steps = done + max(1, round((self.seconds - spent) / typical))
+        self.known = True
+
+
+# %%
+budget = Budget(minutes=1)
+budget.times = [20.0, 0.4, 0.4, 3.0, 0.4]  # the first compiles, the fourth was disturbed
+budget.settle(done=5, spent=24.2)
+print(f"{budget.steps} steps in all")
+
+# %% tags=["test"]
+assert budget.steps == 5 + round((60 - 24.2) / 0.4)
+
+# %% [markdown]
+# ## A loop that survives
+#
+# Long runs get killed. The machine restarts, the battery dies, somebody needs the processor. So the
+# loop saves its state every few minutes, and it saves *everything that the next step depends on*:
+# the weights, what the optimizers remember, the number of the step. The data needs no saving, since
+# `Mix` can begin at any step.
+#
+# The state is written under another name, and renamed when it is whole. Whatever moment a kill comes
+# in, there is a whole state on the disk.
 
 
 # %% tags=["export"]
@@ -317,81 +952,6 @@ def unpack_state(
 
 
 # %% tags=["export"]
-def bytes_of_tokens(tokenizer: Tokenizer) -> Tensor:
-    """Return how many bytes of text each token stands for, `[V]`; control tokens stand for 0."""
-    return torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
-
-
-# %% tags=["export"]
-@torch.no_grad()
-def bits_per_byte(
-    loss_function: LossFunction, batches: Iterable[Batch], token_bytes_V: Tensor
-) -> float:
-    """Return the bits that the model needs for each byte of text.
-
-    A loss per token depends on how the tokenizer cuts; bits per byte can be compared between
-    tokenizers. Targets that stand for no text (control tokens) don't count.
-    """
-    nats, size = 0.0, 0
-    for batch in batches:
-        bytes_BT = token_bytes_V[torch.as_tensor(batch.targets_BT)]
-        counted_BT = (bytes_BT > 0) & torch.as_tensor(batch.mask_BT).bool()
-        counted = replace(batch, mask_BT=counted_BT)
-        nats += float(loss_function(counted)) * int(counted_BT.sum())
-        size += int(bytes_BT[counted_BT].sum())
-    return nats / math.log(2) / max(size, 1)
-
-
-# %% tags=["export"]
-class Progress(NamedTuple):
-    """What the loop reports after every step."""
-
-    step: int
-    steps: int
-    loss: float
-    tokens: int
-    tokens_per_second: float
-    seconds_left: float
-    bits_per_byte: dict[str, float]
-
-
-class Result(NamedTuple):
-    """How a run ended."""
-
-    step: int
-    steps: int
-    tokens: int
-    seconds: float
-    loss: float
-    bits_per_byte: dict[str, float]
-
-    @property
-    def finished(self) -> bool:
-        return self.step >= self.steps
-
-
-# %% tags=["export"]
-class Budget:
-    """Turns minutes into a number of steps, by timing the first few steps of the run."""
-
-    def __init__(self, minutes: float, trial: int = 6):
-        if not minutes > 0:
-            raise ConfigError(f"The budget is {minutes} minutes; give more than 0.")
-        self.seconds = minutes * 60
-        self.trial = trial
-        self.times: list[float] = []
-
-    def steps(self, done: int, seconds: float, spent: float) -> int | None:
-        """Take in the last step's `seconds`; return the total once it is known, else None."""
-        self.times.append(seconds)
-        if len(self.times) < self.trial:
-            return None
-        # The first step compiles, so it tells nothing; the median ignores a disturbed one.
-        typical = float(np.median(self.times[1:]))
-        return done + max(1, round((self.seconds - spent) / typical))
-
-
-# %% tags=["export"]
 def pretrain(
     model: GPT,
     batches_from: Callable[[int, int], Iterator[Batch]],
@@ -411,7 +971,7 @@ def pretrain(
     `micro_steps` is the total, so that the data can change towards the end. The total number of
     steps is `config.steps`, or what fits into `minutes`. A run killed at any moment and called
     again with `resume=True` goes on from its last saved state, to the same numbers; resuming with
-    more `minutes` makes the run longer.
+    more `minutes` makes the run longer. Raises ConfigError when `folder` holds another run.
     """
     folder = Path(folder)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -419,103 +979,406 @@ def pretrain(
     torch.manual_seed(config.seed)
     optimizers = make_optimizers(model, config)
     loss_function = LossFunction(model, dtype=config.dtype, compiled=config.compiled)
-    step, steps, tokens, seconds_before = 0, config.steps, 0, 0.0
 
     # 1. Take up the saved state, or begin.
-    saved = load_state(folder) if resume else None
-    if saved is not None:
-        tensors, scalars = saved
-        unpack_state(tensors, model, optimizers)
-        step, tokens, seconds_before = scalars["step"], scalars["tokens"], scalars["seconds"]
-        steps = config.steps or (0 if minutes else scalars["steps"])
-    elif not resume and load_state(folder) is not None:
+    saved = load_state(folder)
+    if saved is not None and not resume:
         raise ConfigError(
             f"{folder} already holds a run; add --resume to go on with it, "
             "or choose another name with --run."
         )
-    first_step = step
-    budget = Budget(minutes) if not steps else None
-    # Until the budget is known, any total will do that is far away: the schedule is still rising
-    # (a new run) or flat (a resumed one).
-    steps = steps or 1_000_000
-    writer = MetricsWriter(folder / "metrics.jsonl", resume_step=step) if rank == 0 else None
-    last_save, loss, bits = time.monotonic(), math.nan, {}
-    stream: Iterator[Batch] | None = None
+    step, tokens, seconds_before, loss = 0, 0, 0.0, math.nan
+    bits: dict[str, float] = {}
+    budget_steps = config.steps
+    if saved is not None:
+        tensors, scalars = saved
+        unpack_state(tensors, model, optimizers)
+        step, tokens, seconds_before = scalars["step"], scalars["tokens"], scalars["seconds"]
+        loss, bits = scalars.get("loss", loss), scalars.get("bits_per_byte", bits)
+        if not config.steps and not minutes:
+            budget_steps = scalars["steps"]
+    budget = Budget(minutes, budget_steps)
+    first_step, last_save = step, time.monotonic()
+
+    def stream() -> Iterator[Batch]:
+        return batches_from(step * config.accumulate, budget.steps * config.accumulate)
+
+    def spent() -> float:
+        return time.monotonic() - started
 
     def save() -> None:
-        if rank == 0 and budget is None:
-            spent = seconds_before + time.monotonic() - started
-            scalars = {"step": step, "steps": steps, "tokens": tokens, "seconds": spent}
-            state = pack_state(model, optimizers)
-            save_state(folder, state, scalars | {"config": asdict(config)})
+        if rank == 0:
+            scalars: dict[str, Any] = {"step": step, "steps": budget.steps, "tokens": tokens}
+            scalars |= {"seconds": seconds_before + spent(), "config": asdict(config)}
+            scalars |= {"loss": loss, "bits_per_byte": bits}
+            save_state(folder, pack_state(model, optimizers), scalars)
 
-    while step < steps:
-        step_started = time.monotonic()
-        # 2. The learning rates of this step.
-        factor = schedule(step, steps, config.warmup, config.decay)
-        if budget is not None:
-            factor = min(1.0, (step + 1) / 100) if saved is None else 1.0
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-        # 3. Gradients of the mean loss over all micro-batches and processes.
-        if stream is None:
-            stream = batches_from(step * config.accumulate, steps * config.accumulate)
-        total = torch.zeros((), device=model.device)
-        for _ in range(config.accumulate):
-            batch = next(stream)
-            part = loss_function(batch)
-            (part / config.accumulate).backward()
-            total += part.detach() / config.accumulate
-        if world > 1:
-            for weight in model.parameters():
-                dist.all_reduce(weight.grad, op=dist.ReduceOp.AVG)
-            dist.all_reduce(total, op=dist.ReduceOp.AVG)
-        # 4. Clip, step, forget.
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        loss = total.item()
-        if not math.isfinite(loss):
-            raise TinychatError(
-                f"The loss became {loss} at step {step}; resume with a lower rate, for instance "
-                f"--set matrix_lr={config.matrix_lr / 2:g}."
+    log = MetricsWriter(folder / "metrics.jsonl", resume_step=step) if rank == 0 else nullcontext()
+    with log as writer:
+        batches, stopped = stream(), False
+        while step < budget.steps and not stopped:
+            step_started = time.monotonic()
+            # 2. One step. Before the end is known, a new run rises and a resumed one is flat.
+            factor = 1.0 if saved is not None else min(1.0, (step + 1) / 100)
+            if budget.known:
+                factor = schedule(step, budget.steps, config.warmup, config.decay)
+            micro_batches = list(islice(batches, config.accumulate))
+            if len(micro_batches) < config.accumulate:
+                raise DataError(f"The text ended at step {step} of {budget.steps}; add more.")
+            loss, norm = train_step(
+                loss_function, optimizers, micro_batches, factor=factor, clip=config.clip
             )
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
-        tokens += config.batch * config.sequence * config.accumulate * world
-        seconds = time.monotonic() - step_started
-        # 5. How many steps fit the budget.
-        if budget is not None:
-            known = budget.steps(step, seconds, time.monotonic() - started)
-            if known is not None:
-                steps, budget, stream = known, None, None
-        # 6. Validate, report, save.
-        if validation and (step % config.evaluate_every == 0 or step == steps):
-            assert token_bytes_V is not None
-            bits = {
-                name: bits_per_byte(loss_function, make(), token_bytes_V)
-                for name, make in validation.items()
-            }
-        rate = config.batch * config.sequence * config.accumulate * world / seconds
-        # The first steps of a process compile, so they tell nothing about the time left.
-        settled = budget is None and step - first_step > 3
-        left = (steps - step) * seconds if settled else math.nan
-        on_step(Progress(step, steps, loss, tokens, rate, left, bits))
-        if writer is not None:
-            row = {"step": step, "loss": loss, "tokens": tokens, "lr": factor, "norm": norm.item()}
-            row |= {"tokens_per_second": rate, "seconds": seconds}
-            if validation and (step % config.evaluate_every == 0 or step == steps):
-                row["bits_per_byte"] = bits
-            writer.write(row)
-        if time.monotonic() - last_save > config.save_minutes * 60:
-            save()
-            last_save = time.monotonic()
-        if should_stop():
-            break
-    budget = None
+            step += 1
+            read = config.batch * config.sequence * config.accumulate * world
+            tokens += read
+            seconds = time.monotonic() - step_started
+            # 3. Measure and report.
+            row: dict[str, Any] = {"step": step, "loss": loss, "tokens": tokens}
+            row |= {"lr": factor, "norm": norm}
+            row |= {"tokens_per_second": read / seconds, "seconds": seconds}
+            if validation and (step % config.evaluate_every == 0 or step == budget.steps):
+                assert token_bytes_V is not None
+                bits = row["bits_per_byte"] = {
+                    name: bits_per_byte(loss_function, make(), token_bytes_V)
+                    for name, make in validation.items()
+                }
+            if writer is not None:
+                writer.write(row)
+            # The first steps of a process compile, so they tell nothing about the time left.
+            settled = budget.known and step - first_step > 3
+            left = (budget.steps - step) * seconds if settled else math.nan
+            on_step(Progress(step, budget.steps, loss, tokens, read / seconds, left, bits))
+            # 4. Stop when asked to, know the budget, save.
+            stopped = largest(should_stop(), model.device) > 0
+            if not budget.known:
+                budget.times.append(largest(seconds, model.device))
+                if stopped or len(budget.times) == budget.TRIAL:
+                    budget.settle(step, largest(spent(), model.device))
+                    batches = stream()
+            if budget.known and time.monotonic() - last_save > config.save_minutes * 60:
+                save()
+                last_save = time.monotonic()
     save()
-    if writer is not None:
-        writer.close()
-    spent = seconds_before + time.monotonic() - started
-    return Result(step, steps, tokens, spent, loss, bits)
+    return Result(step, budget.steps, tokens, seconds_before + spent(), loss, bits)
+
+
+# %% [markdown]
+# Try it. The cell trains the tiny model for a dozen steps in one go. Then it trains a twin, which
+# is stopped after five steps; a third model with other random weights takes the twin's state up and
+# goes on. If anything was forgotten, the numbers will differ.
+
+# %%
+short = TrainConfig(steps=12, batch=2, sequence=32, precision="fp32", compiled=False)
+feed = book_batches("train", short.batch, short.sequence)
+
+
+def fresh(seed: int) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(TINY)
+
+
+with tempfile.TemporaryDirectory() as place:
+    unbroken = fresh(0)
+    whole = pretrain(unbroken, feed, short, Path(place) / "unbroken")
+
+    taken: list[int] = []
+    part = pretrain(
+        fresh(0), feed, short, Path(place) / "broken",
+        on_step=lambda progress: taken.append(progress.step),
+        should_stop=lambda: len(taken) == 5,
+    )  # fmt: skip
+    print(f"stopped at step {part.step} of {part.steps}, loss {part.loss:.4f}")
+
+    third = fresh(seed=123)
+    rest = pretrain(third, feed, short, Path(place) / "broken", resume=True)
+    rows = read_metrics(Path(place) / "broken" / "metrics.jsonl")
+
+print(f"resumed to step {rest.step}, loss {rest.loss!r}")
+print(f"without a break,    loss {whole.loss!r}")
+print("steps in the log:", [row["step"] for row in rows])
+
+# %% tags=["test"]
+assert rest.loss == whole.loss
+for a, b in zip(unbroken.parameters(), third.parameters(), strict=True):
+    assert torch.equal(a, b), "equal to the last bit"
+assert [row["step"] for row in rows] == list(range(1, 13))
+
+# %% [markdown]
+# ## Your own base model
+#
+# Now for real. The cell trains the preset `nano` for half a minute. You can give it more: set
+# `TINYCHAT_MINUTES=30` before you start Python, or `TINYCHAT_PRESET=mini` for a larger model, and
+# run the same cells again. First listen to what it says untrained.
+
+
+# %%
+@torch.inference_mode()
+def go_on(model: GPT, text: str, count: int = 24) -> str:
+    """Continue a text, one draw at a time; chapter 08 does this properly."""
+    draw = torch.Generator().manual_seed(1)
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    for _ in range(count):
+        scores_V = model(torch.tensor([ids]))[0, -1] / 0.7
+        ids.append(int(torch.multinomial(scores_V.softmax(-1), 1, generator=draw)))
+    return tokenizer.decode(ids)
+
+
+OPENINGS = ("Once there was a little", "The sun is", "Hello, how are")
+for opening in OPENINGS:
+    print(repr(go_on(model, opening)))
+
+# %%
+run = BOOK / "pretraining"
+shutil.rmtree(run, ignore_errors=True)  # this cell begins anew each time it runs
+live = replace(
+    train_preset(PRESET),
+    steps=8 if FAST else 0,
+    batch=BATCH,
+    sequence=SEQUENCE,
+    precision=PRECISION,
+    compiled=MINUTES >= 5,  # compiling takes a minute itself
+    evaluate_every=100,
+)
+
+
+def say(progress: Progress) -> None:
+    # While the budget isn't known yet, neither is the time left.
+    if progress.step % 25 == 0 or progress.step == progress.steps:
+        left = "?" if math.isnan(progress.seconds_left) else f"{progress.seconds_left:.0f} s"
+        print(
+            f"step {progress.step:4}  loss {progress.loss:.3f}  "
+            f"{progress.tokens_per_second:6,.0f} tokens/s  left {left}"
+        )
+
+
+result = pretrain(
+    model,
+    book_batches("train", live.batch, live.sequence),
+    live,
+    run,
+    minutes=MINUTES,
+    validation={"unseen text": unseen},
+    token_bytes_V=token_bytes_V,
+    on_step=say,
+)
+model.eval()
+print(f"{result.tokens:,} tokens in {result.seconds:.0f} seconds")
+print(f"bits per byte on unseen text: {untrained:.3f} → {result.bits_per_byte['unseen text']:.3f}")
+
+# %% tags=["test"]
+assert result.finished
+assert result.bits_per_byte["unseen text"] < untrained
+
+# %% [markdown]
+# And after. Don't expect sense: look for words that exist, and for pairs of words that could stand
+# together. Then look at the tokens that it has read. A child hears more in an afternoon.
+
+# %%
+for opening in OPENINGS:
+    print(repr(go_on(model, opening)))
+
+
+# %%
+def picture(name: str, draw) -> None:
+    """Show a figure in a notebook, save it when run as a script, skip it without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("(no picture: matplotlib is not installed)")
+        return
+    if "ipykernel" not in sys.modules:
+        matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = draw(plt)
+    if "ipykernel" in sys.modules:
+        plt.show()
+    else:
+        figure.savefig(BOOK / f"{name}.png", dpi=100)
+        print(f"picture: {BOOK / name}.png")
+    plt.close(figure)
+
+
+def draw_run(plt):
+    rows = read_metrics(run / "metrics.jsonl")
+    steps = [row["step"] for row in rows]
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constrained")
+    above.plot(steps, [row["loss"] for row in rows], color="#177245")
+    above.set_ylabel("loss in nats a token")
+    below.plot(steps, [row["lr"] for row in rows], color="#a33b20")
+    below.set_ylabel("share of the peak rate")
+    below.set_xlabel("step")
+    return figure
+
+
+picture("07_run", draw_run)
+
+# %% [markdown]
+# Save it. The file holds the weights, the tokenizer and where it all came from, and the next
+# chapters go on from it.
+
+# %%
+info = save_model(
+    BOOK / "base.safetensors",
+    model,
+    stage="base",
+    tokenizer=tokenizer,
+    lineage={
+        "data": {name: {"licence": "CC0-1.0"} for name in WEIGHTS},
+        "tokens": result.tokens,
+        "steps": result.steps,
+        "preset": PRESET,
+        "hardware": describe_hardware(),
+    },
+    metrics={
+        "loss": result.loss,
+        "bits_per_byte": result.bits_per_byte,
+        "curve": [[row["tokens"], row["loss"]] for row in read_metrics(run / "metrics.jsonl")],
+    },
+)
+print(f"{info.path}: {info.bytes / 1e6:.1f} MB")
+
+# %% tags=["test"]
+again, _, _ = load_model(BOOK / "base.safetensors")
+with torch.no_grad():
+    told = F.cross_entropy(again(inputs_BT).flatten(0, 1), targets_BT.flatten())
+    kept = F.cross_entropy(model(inputs_BT).flatten(0, 1), targets_BT.flatten())
+assert abs(told - kept) < 0.1, "eight bits a weight lose next to nothing"
+
+# %% [markdown]
+# ## What does it cost?
+#
+# For each token, each weight takes part in one multiplication and one addition on the way forward,
+# and in twice as many on the way back. That makes six operations a weight and token. Train N weights
+# on D tokens, and the compute is
+#
+# $$C \approx 6ND.$$
+#
+# How should N and D be chosen, when C is given? Kaplan et al. (2020) measured that loss falls with
+# each of them as a power law. Hoffmann et al. (2022) found the best balance near twenty tokens a
+# weight. The cell works out what that means for the presets, at the speed that you just measured,
+# and on one data-centre GPU, if it did four hundred million million operations a second.
+
+# %%
+speed = result.tokens / result.seconds * model.config.flops_per_token(live.sequence)
+print(f"this run: {6 * model.config.parameters * result.tokens:.1e} operations by the formula,")
+print(f"{speed / 1e9:.0f} billion a second, attention and validation included\n")
+print("preset      weights   20 tokens each  operations   here           GPU")
+for name in ("nano", "mini", "small", "medium"):
+    N = preset(name).parameters
+    D = 20 * N
+    C = 6 * N * D
+    print(
+        f"{name:>6} {N / 1e6:8.1f} M {D / 1e6:12,.0f} M {C:11.1e} "
+        f"{C / speed / 3600:10,.1f} h {C / 4e14 / 60:9.2f} min"
+    )
+
+# %% [markdown]
+# Small models for use are trained on far more tokens than that: the balance minimises the cost of
+# *training*, and a smaller model that has read more is cheaper each time it answers.
+#
+# ## A longer run
+#
+# Where a trained base model is at hand, it brings its own history. The cell reads it from the file.
+
+# %%
+try:
+    shipped = checkpoint.read_info(checkpoint.find("base"))
+except CheckpointError:
+    print("there is no shipped base model here")
+else:
+    print(f"{shipped.path.name}: {shipped.parameters / 1e6:.1f} M weights")
+    lineage = shipped.lineage
+    print(f"{lineage.get('tokens', 0) / 1e6:.1f} M tokens, {lineage.get('minutes', '?')} minutes")
+    for name, value in shipped.metrics.get("bits_per_byte", {}).items():
+        print(f"  {value:.3f} bits per byte on unseen {name}")
+    curve = shipped.metrics.get("curve", [])
+    for tokens, loss in curve[:: max(1, len(curve) // 12)]:
+        print(f"{tokens / 1e6:8.1f} M tokens {'█' * round(6 * loss)} {loss:.2f}")
+
+# %% [markdown]
+# ## What we left out
+#
+# - **Sharding the model.** With many GPUs, weights and optimizers can be split between them. Ours
+#   fit on one, so every process keeps a whole copy (data parallelism).
+# - **Choosing the data** is half of the art: deduplication, quality filters, the order of subjects.
+#   `tinychat/data/recipe.py` holds our mix with its reasons.
+# - **Tuning the rates** by runs at small size, and carrying them over to large ones.
+# - **Eight and four bits** in training, on hardware that has them.
+#
+# ## Where this is in the package
+#
+# Everything tagged `export` here is `tinychat/pretraining.py`. `tinychat train base` calls
+# `pretrain` with more text and a progress bar; chapter 10 calls it with conversations.
+#
+# ## Exercises
+#
+# **1. Another end.** Write `cosine(step, steps, warmup)`: a linear rise, then half a cosine wave down
+# to zero. After half of the steps, what share of the peak is left, compared with our schedule?
+
+
+# %% tags=["solution"]
+def cosine(step: int, steps: int, warmup: float) -> float:
+    rise = (step + 1) / max(1.0, warmup * steps)
+    past = max(0.0, (step - warmup * steps) / (steps - warmup * steps))
+    return min(1.0, rise) * (1 + math.cos(math.pi * past)) / 2
+
+
+print(f"cosine {cosine(55, 100, 0.1):.2f}, ours {schedule(55, 100, 0.1, 0.3):.2f}")
+assert cosine(0, 100, 0.1) == 0.1
+assert abs(cosine(55, 100, 0.1) - 0.5) < 1e-9
+assert cosine(100, 100, 0.1) < 1e-9
+
+# %% [markdown]
+# **2. What does memory cost?** How many bytes does training keep for each weight: the weight, its
+# gradient, and what the optimizer remembers? Write `bytes_to_train(model, optimizers)`, which
+# measures it after a step. Which half of the model is the cheaper one, and why?
+
+
+# %% tags=["solution"]
+def bytes_to_train(optimizer: torch.optim.Optimizer) -> float:
+    kept, count = 0, 0
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            memory = [value for value in optimizer.state[weight].values() if value.ndim > 0]
+            kept += 4 * weight.numel() + 4 * weight.numel()  # itself and its gradient
+            kept += sum(value.numel() * value.element_size() for value in memory)
+            count += weight.numel()
+    return kept / count
+
+
+for optimizer in optimizers:
+    print(f"{type(optimizer).__name__:>6}: {bytes_to_train(optimizer):.0f} bytes a weight")
+# Muon remembers one average where AdamW remembers two.
+assert [round(bytes_to_train(optimizer)) for optimizer in optimizers] == [12, 16]
+
+# %% [markdown]
+# **3. Accumulate.** Show that one step on two micro-batches of two rows changes the weights exactly as
+# one step on the four rows together. Why only *almost* exactly?
+
+# %% tags=["solution"]
+four = next(book_batches("train", 4, 32)(0, 10))
+halves = [
+    Batch(four.inputs_BT[part], four.targets_BT[part], four.mask_BT[part])
+    for part in (slice(0, 2), slice(2, 4))
+]
+ends = []
+for pieces in ([four], halves):
+    twin = fresh(0)
+    twin_loss = LossFunction(twin, dtype=torch.float32, compiled=False)
+    train_step(twin_loss, make_optimizers(twin, plain), pieces, factor=1.0, clip=1.0)
+    ends.append(twin.blocks[0].feed_forward.down.weight.detach())
+print(f"largest difference: {(ends[0] - ends[1]).abs().max():.1e}")
+# Sums in another order round differently, and Muon works in bfloat16, which knows few digits.
+torch.testing.assert_close(ends[0], ends[1], atol=1e-3, rtol=0)
+
+# %% [markdown]
+# ## Sources
+#
+# - I. Loshchilov, F. Hutter: *Decoupled Weight Decay Regularization* (2019). AdamW.
+# - K. Jordan et al.: *Muon: An optimizer for hidden layers in neural networks* (2024).
+# - S. Hu et al.: *MiniCPM: Unveiling the Potential of Small Language Models with Scalable Training
+#   Strategies* (2024). Warm-up, stable, decay.
+# - J. Kaplan et al.: *Scaling Laws for Neural Language Models* (2020). C ≈ 6ND, power laws.
+# - J. Hoffmann et al.: *Training Compute-Optimal Large Language Models* (2022). Tokens a weight.
+# - P. Micikevicius et al.: *Mixed Precision Training* (2018). Few bits for products, many for sums.

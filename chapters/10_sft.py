@@ -10,6 +10,18 @@
 # # Supervised fine-tuning
 #
 # Show the base model good conversations, until it answers instead of rambling on.
+#
+# Pretraining made a model that goes on with any text. Chapter 09 gave text a form in which somebody
+# asks and somebody answers. Now the two meet: you train the base model a little longer, on
+# conversations. This is the first of the three steps that turned GPT-3 into InstructGPT, and later
+# into ChatGPT (Ouyang et al. 2022).
+#
+# The training loop stays the one of chapter 07. Four things are new:
+#
+# 1. **the mask**: only replies carry loss;
+# 2. **packing**: several short conversations share a row;
+# 3. **gentle rates and few readings**, since the data is small and is soon known by heart;
+# 4. **a held-out set** that tells you when to stop.
 
 # %% tags=["export"]
 import math
@@ -26,6 +38,273 @@ from tinychat.gpt import GPT
 from tinychat.pretraining import Progress, Result, TrainConfig, pretrain
 from tinychat.runtime.errors import ConfigError, DataError
 from tinychat.runtime.state import load_state
+# %% [markdown]
+# ## The model to begin with
+#
+# If you worked through chapter 07, the base model is your own. If not, the shipped one is taken. If
+# there is neither, a very small one is trained here for a few seconds. It knows little more than
+# which words are common, and its replies will show it. What you see happen to it is the same.
+
+# %%
+import copy
+import os
+import tempfile
+import time
+from dataclasses import replace
+
+import torch.nn.functional as F
+
+from tinychat.data import tokenizer_model
+from tinychat.data.corpus import dialogues, explanations, stories
+from tinychat.data.records import Message
+from tinychat.data.split import split_of
+from tinychat.dialogue import render, render_prompt
+from tinychat.generation import Sampling, stream
+from tinychat.gpt import load_model, nano, save_model
+from tinychat.pretraining import LossFunction
+from tinychat.runtime import checkpoint
+from tinychat.runtime.errors import CheckpointError
+from tinychat.tokenizer import Tokenizer
+
+FAST = os.environ.get("TINYCHAT_FAST") == "1"
+
+
+def train_a_little(tokenizer: Tokenizer, seconds: float) -> GPT:
+    """A plain training loop over our stories and explanations; chapter 07 has the real one."""
+    torch.manual_seed(0)
+    model = GPT(nano())
+    texts = stories() + explanations()
+    ids = [id for one in texts for id in [tokenizer.bos_id, *tokenizer.encode(one.text)]]
+    text = torch.tensor(ids)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    begin, steps = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        starts_B1 = torch.randint(len(text) - 65, (8, 1))
+        window_BT = text[starts_B1 + torch.arange(65)]
+        logits_BTV = model(window_BT[:, :-1])
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1), window_BT[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        steps += 1
+    print(f"no base checkpoint found: trained {model.config.parameters / 1e6:.1f} M weights here,")
+    print(f"{steps} steps in {seconds:.0f} seconds, loss {loss.item():.2f}")
+    return model.eval()
+
+
+def find_first(*names: str) -> Path | None:
+    """The first of these checkpoints that is there."""
+    for name in names:
+        try:
+            return checkpoint.find(name)
+        except CheckpointError:
+            continue
+    return None
+
+
+if found := find_first("runs/book/base", "base"):
+    base, tokenizer, info = load_model(found)
+    parent = str(info.path)
+    print(f"beginning with {parent}: {info.parameters / 1e6:.1f} M weights")
+else:
+    tokenizer = Tokenizer(tokenizer_model())
+    base = train_a_little(tokenizer, seconds=1 if FAST else 15)
+    parent = "trained in chapter 10"
+
+# %% [markdown]
+# ## What a base does with a question
+#
+# Ask it something. First as plain text, as it has read text all its life. Then in the template of
+# chapter 09, with the control tokens that mark the turns.
+
+# %%
+QUESTIONS = ("hi", "What is your name?", "What is the capital of France?", "Tell me about the sea.")
+greedy = Sampling(temperature=0, max_tokens=12 if FAST else 30, repetition_penalty=1.2)
+
+
+def say(model: GPT, question: str) -> str:
+    """The reply in the template, greedily."""
+    context = model.config.context
+    ids = render_prompt([Message("user", question)], tokenizer, context=context, reserve=64)
+    return "".join(stream(model, tokenizer, ids, greedy)).strip()
+
+
+for question in QUESTIONS[:2]:
+    plain = [tokenizer.bos_id, *tokenizer.encode(question)]
+    print(f"{question!r} as text goes on: {''.join(stream(base, tokenizer, plain, greedy))!r}")
+before = {question: say(base, question) for question in QUESTIONS}
+for question, reply in before.items():
+    print(f"{question!r} in the template:  {reply!r}")
+
+# %% [markdown]
+# Nothing is broken. The model does what it was trained for: it writes what often comes next in its
+# texts. In a book, a question is followed by another question, by "said the fox", or by a new
+# chapter, and seldom by its answer. A base that read conversations too (the shipped one did) comes
+# nearer, but nobody has told it yet that *the answer* is its job.
+#
+# ## Only replies carry loss
+#
+# You know the mask from chapter 09. Now watch what it does to the loss. The cell takes real
+# conversations and measures the same model twice: on every token, and on replies alone.
+
+# %%
+corpus = dialogues()
+if FAST:
+    corpus = corpus[::12]
+parts: dict[str, list[Rendered]] = {"train": [], "validation": [], "test": []}
+for dialogue in corpus:
+    parts[split_of(dialogue.id)].append(render(dialogue, tokenizer, context=257))
+print({name: len(some) for name, some in parts.items()}, "conversations")
+
+
+def batch_of(one: Rendered, mask: Sequence[bool]) -> Batch:
+    tokens_1T = torch.tensor([one.tokens])
+    return Batch(tokens_1T[:, :-1], tokens_1T[:, 1:], torch.tensor([mask[1:]]).long())
+
+
+def mean_loss(model: GPT, batches: Iterable[Batch]) -> float:
+    """Nats a learned token."""
+    loss, total, count = LossFunction(model, dtype=torch.float32, compiled=False), 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            learned = int(batch.mask_BT.sum())
+            total += loss(batch).item() * learned
+            count += learned
+    return total / count
+
+
+some = parts["validation"][:12]
+whole = mean_loss(base, [batch_of(one, [True] * len(one.tokens)) for one in some])
+replies = mean_loss(base, [batch_of(one, one.loss_mask) for one in some])
+tokens = sum(len(one.tokens) for one in some)
+learned = sum(sum(one.loss_mask) for one in some)
+print(f"without the mask: {tokens:5} tokens count, {whole:.2f} nats each")
+print(f"with the mask:    {learned:5} tokens count, {replies:.2f} nats each")
+
+# %% [markdown]
+# Without the mask, all those other tokens pull at the weights as well. They teach the model to write
+# questions, which it must never do. With the mask, a question is only *read*: it shapes the hidden
+# vectors that the reply looks back at, and the gradient flows through it, but nobody asks the model
+# to guess it.
+#
+# How much that matters depends on the data. Where questions are long and replies short, most of the
+# training would go into questions.
+#
+# ## Packing
+#
+# Conversations are short and rows are long. Put one conversation in each row and fill up with
+# padding, and most of the computing is spent on nothing. So let several share a row (Krell et al.
+# 2021).
+#
+# Which go together? It's the problem of packing boxes into vans. A simple rule is good enough: take
+# the conversations in random order and put each into the first row that still has room.
+
+
+# %% tags=["export"]
+def pack(
+    lengths: Sequence[int], room: int, order: Sequence[int], open_rows: int = 64
+) -> list[list[int]]:
+    """Sort conversations into rows of `room` tokens; returns the conversations of each row.
+
+    First fit in the given order: each conversation goes into the first row with enough room left.
+    Only the newest `open_rows` rows stay open, which keeps the work linear and the order random.
+    """
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for number in order:
+        size = min(lengths[number], room)
+        for row in range(max(0, len(rows) - open_rows), len(rows)):
+            if left[row] >= size:
+                rows[row].append(number)
+                left[row] -= size
+                break
+        else:
+            rows.append([number])
+            left.append(room - size)
+    return rows
+
+
+# %%
+lengths = [len(one.tokens) - 1 for one in parts["train"]]
+ROOM = 256
+
+
+def picture(row: list[int], room: int = ROOM, width: int = 64) -> str:
+    """One letter a conversation, dots for padding."""
+    line = "".join("ABCDEFGH"[n % 8] * round(lengths[c] * width / room) for n, c in enumerate(row))
+    return line[:width].ljust(width, ".")
+
+
+print("one a row:")
+for number in range(4):
+    print(" ", picture([number]))
+packed = pack(lengths, ROOM, range(len(lengths)))
+print("packed:")
+for row in packed[:4]:
+    print(" ", picture(row))
+used = sum(min(length, ROOM) for length in lengths)
+for title, rows in (("one a row", len(lengths)), ("packed", len(packed))):
+    print(f"{title:>10}: {rows:5} rows, {1 - used / (rows * ROOM):4.0%} of it padding")
+
+# %% tags=["test"]
+assert sorted(number for row in packed for number in row) == list(range(len(lengths)))
+assert pack([6, 5, 4, 5, 1], 10, [0, 1, 2, 3, 4]) == [[0, 2], [1, 3], [4]], "by hand"
+
+# %% [markdown]
+# One thing must not happen: that a conversation looks at its neighbour. For attention, a row is just
+# a row, and the second conversation would read the first as its own past. So each gets a number, its
+# **segment**, and tokens see only their own segment (chapter 06 built that in). Rotary positions
+# need no repair: they only tell *distances*, and within a conversation these stay the same.
+#
+# The last token of a conversation gets no target either. What follows it in the row is a stranger.
+
+
+# %% tags=["export"]
+def packed_row(examples: Sequence[Rendered], room: int, pad: int) -> np.ndarray:
+    """Lay conversations one behind another: returns `[4, room]` inputs, targets, mask, segments.
+
+    A conversation of n tokens takes n - 1 places: its last token predicts nothing, because what
+    follows it is another conversation. One that is too long loses its end. Segment 0 is padding.
+    """
+    row = np.zeros((4, room), dtype=np.int64)
+    row[:2] = pad
+    start = 0
+    for number, example in enumerate(examples, 1):
+        size = min(len(example.tokens) - 1, room - start)
+        part = slice(start, start + size)
+        row[0, part] = example.tokens[:size]
+        row[1, part] = example.tokens[1 : size + 1]
+        row[2, part] = example.loss_mask[1 : size + 1]
+        row[3, part] = number
+        start += size
+    return row
+
+
+# %%
+two = [
+    render([Message("user", "hi"), Message("assistant", "Hello!")], tokenizer),
+    render([Message("user", "2+2?"), Message("assistant", "4.")], tokenizer),
+]
+inputs, targets, mask, segments = packed_row(two, 18, tokenizer.pad_id).tolist()
+print("   reads            predicts         loss  segment")
+for read, wanted, counts, segment in zip(inputs, targets, mask, segments, strict=True):
+    shown = f"{tokenizer.piece(wanted):16}" if segment else " " * 16
+    print(f"   {tokenizer.piece(read):16} {shown} {counts}     {segment}")
+
+# %% [markdown]
+# Is it really the same as training on each alone? The test compares the losses.
+
+# %% tags=["test"]
+row_4T = torch.from_numpy(packed_row(two, 64, tokenizer.pad_id))
+together = mean_loss(base, [Batch(*row_4T[:, None])])
+apart = mean_loss(base, [batch_of(one, one.loss_mask) for one in two])
+assert abs(together - apart) < 1e-4, (together, apart)
+
+# %% [markdown]
+# ## Gentle, and not for long
+#
+# The base model has learned something that took long, and a few hundred steps at full rate can wash
+# it away. So the rates are about a tenth of pretraining's, and they fall from early on to zero.
 
 
 # %% tags=["export"]
@@ -87,49 +366,10 @@ class SFTConfig:
         )
 
 
-# %% tags=["export"]
-def pack(
-    lengths: Sequence[int], room: int, order: Sequence[int], open_rows: int = 64
-) -> list[list[int]]:
-    """Sort conversations into rows of `room` tokens; returns the conversations of each row.
-
-    First fit in the given order: each conversation goes into the first row with enough room left.
-    Only the newest `open_rows` rows stay open, which keeps the work linear and the order random.
-    """
-    rows: list[list[int]] = []
-    left: list[int] = []
-    for number in order:
-        size = min(lengths[number], room)
-        for row in range(max(0, len(rows) - open_rows), len(rows)):
-            if left[row] >= size:
-                rows[row].append(number)
-                left[row] -= size
-                break
-        else:
-            rows.append([number])
-            left.append(room - size)
-    return rows
-
-
-# %% tags=["export"]
-def packed_row(examples: Sequence[Rendered], room: int, pad: int) -> np.ndarray:
-    """Lay conversations one behind another: returns `[4, room]` inputs, targets, mask, segments.
-
-    A conversation of n tokens takes n - 1 places: its last token predicts nothing, because what
-    follows it is another conversation. One that is too long loses its end. Segment 0 is padding.
-    """
-    row = np.zeros((4, room), dtype=np.int64)
-    row[:2] = pad
-    start = 0
-    for number, example in enumerate(examples, 1):
-        size = min(len(example.tokens) - 1, room - start)
-        part = slice(start, start + size)
-        row[0, part] = example.tokens[:size]
-        row[1, part] = example.tokens[1 : size + 1]
-        row[2, part] = example.loss_mask[1 : size + 1]
-        row[3, part] = number
-        start += size
-    return row
+# %% [markdown]
+# Each epoch reads every conversation once, in a new order and packed anew. The order follows from
+# the seed and the number of the epoch alone. That's why a run that was stopped at step n can go on:
+# it makes the same list again and skips n batches.
 
 
 # %% tags=["export"]
@@ -179,6 +419,10 @@ class PackedConversations:
         return Batch(inputs, targets, mask, segments)
 
 
+# %% [markdown]
+# Everything else is chapter 07's loop: rates, clipping, saving, resuming.
+
+
 # %% tags=["export"]
 def finetune(
     model: GPT,
@@ -219,3 +463,291 @@ def finetune(
         on_step=on_step,
         should_stop=should_stop,
     )
+
+
+# %% [markdown]
+# ## Learning by heart
+#
+# How often should the model read its conversations? Find out the hard way. Give it very few, let it
+# read them again and again, and watch two losses: on what it reads, and on conversations that it
+# never sees.
+
+# %%
+PLAIN = SFTConfig(batch=8, sequence=ROOM, precision="fp32", compiled=False)
+
+
+def held_out(count: int) -> list[Batch]:
+    """The first unseen conversations, always the same."""
+    packs = PackedConversations(parts["validation"][:count], PLAIN, tokenizer.pad_id)
+    rows = packs.rows(0)
+    return [packs.batch(rows[start : start + 8]) for start in range(0, len(rows), 8)]
+
+
+few = parts["train"][: 12 if FAST else 40]
+seen = PackedConversations(few, PLAIN, tokenizer.pad_id)
+unseen = held_out(24)
+student = copy.deepcopy(base).train()
+# Full rates on purpose: the point is to see it go wrong soon.
+harsh = replace(PLAIN, batch=len(seen.rows(0)), matrix_lr=0.01, vector_lr=2e-3)
+table: list[tuple[int, float, float]] = []
+
+
+def watch(progress: Progress) -> None:
+    known = progress.steps < 100_000
+    if progress.step == 1 or (known and progress.step % max(1, progress.steps // 10) == 0):
+        table.append((progress.step, progress.loss, mean_loss(student, unseen)))
+
+
+with tempfile.TemporaryDirectory() as folder:
+    finetune(
+        student, few, harsh, folder, pad=tokenizer.pad_id, minutes=(1 if FAST else 20) / 60,
+        on_step=watch,
+    )  # fmt: skip
+print(f"{len(few)} conversations, one step an epoch")
+print("epoch   read   unseen")
+for epoch, read, other in table:
+    print(f"{epoch:5} {read:6.2f} {other:8.2f} {'#' * round(6 * other)}")
+best = min(table, key=lambda line: line[2])
+print(
+    f"best on unseen conversations: epoch {best[0]}, {best[2]:.2f}; at the end {table[-1][2]:.2f}"
+)
+
+# %% [markdown]
+# The loss on what it reads keeps falling. The loss on unseen conversations falls at first, since the
+# *form* of a reply is learned from any of them. Then it turns: the model stops learning how to
+# answer and begins to learn these answers by heart. That is **overfitting**. (In the fast version of
+# this chapter the run may be too short to turn.)
+#
+# So keep some conversations aside and look at them while you train. There is one more lesson here.
+# Loss on unseen replies is a strict judge: it asks for the very words. InstructGPT's authors trained
+# for many epochs although that loss rose after the first one, because people still liked the replies
+# better. Watch the number, but read the replies too.
+#
+# ## The run
+#
+# Now all training conversations, at the gentle rates. `TINYCHAT_MINUTES` gives it more time. What it
+# makes goes to `runs/book/sft.safetensors`, and the next chapters go on from there.
+
+# %%
+minutes = float(os.environ.get("TINYCHAT_MINUTES") or (2 if FAST else 25) / 60)
+model = copy.deepcopy(base).train()
+log: list[Progress] = []
+stream_of_all = PackedConversations(parts["train"], PLAIN, tokenizer.pad_id)
+rows_an_epoch = len(stream_of_all.rows(0))
+start_loss = mean_loss(model, unseen)
+with tempfile.TemporaryDirectory() as folder:
+    result = finetune(
+        model, parts["train"], PLAIN, folder, pad=tokenizer.pad_id, minutes=minutes,
+        on_step=log.append,
+    )  # fmt: skip
+model.eval()
+epochs = result.steps * PLAIN.batch / rows_an_epoch
+print(f"{result.steps} steps, {epochs:.2f} readings of {len(parts['train'])} conversations")
+print(f"loss on what it read: {log[0].loss:.2f} at first, {log[-1].loss:.2f} at last")
+end_loss = mean_loss(model, unseen)
+print(f"loss on unseen replies: {start_loss:.2f} before, {end_loss:.2f} after")
+
+saved = save_model(
+    "runs/book/sft.safetensors",
+    model,
+    stage="sft",
+    tokenizer=tokenizer,
+    lineage={
+        "parent": parent,
+        "data": {"dialogues": {"licence": "CC0-1.0", "conversations": len(parts["train"])}},
+        "tokens": result.tokens,
+        "steps": result.steps,
+        "minutes": round(result.seconds / 60, 2),
+    },
+    metrics={"loss": result.loss, "unseen_replies_loss": end_loss},
+)
+print(f"{saved.path}: {saved.bytes / 1e6:.1f} MB")
+
+# %% tags=["test"]
+assert end_loss < start_loss, "unseen replies must have become more likely"
+
+# %% [markdown]
+# Before and after, the same questions:
+
+# %%
+for question in QUESTIONS:
+    print(f"> {question}\n  base: {before[question]}\n  sft:  {say(model, question)}\n")
+
+# %% [markdown]
+# Judge for yourself, and be fair: this took less than a minute. The first things to come are the
+# length and the tone of a reply. Facts come last or never. Fine-tuning shows a model *which* of its
+# voices to use. What it never read in pretraining, a few conversations can't put there. Zhou et al.
+# (2023) took this to its end: a thousand careful conversations were enough to turn a large base into
+# a good assistant, because the base already knew the rest.
+#
+# If a real fine-tuned checkpoint is around, here is what it says of itself.
+
+# %%
+if shipped := find_first("sft"):
+    card = checkpoint.read_info(shipped)
+    print(f"{card.path}: {card.parameters / 1e6:.1f} M weights")
+    for key in ("tokens", "steps", "minutes", "parent"):
+        print(f"  {key}: {card.lineage.get(key, 'not recorded')}")
+    print(f"  metrics: { {k: v for k, v in card.metrics.items() if k != 'curve'} }")
+    big, its_tokenizer, _ = load_model(shipped)
+    for question in QUESTIONS:
+        ids = render_prompt([Message("user", question)], its_tokenizer, context=256, reserve=64)
+        print(f"> {question}\n  {''.join(stream(big, its_tokenizer, ids, greedy)).strip()}")
+else:
+    print("no shipped sft checkpoint here: `tinychat train sft` makes one")
+
+# %% [markdown]
+# ## Showing or training?
+#
+# There is another way to make a base model do a task: *show* it a few examples in the prompt, and
+# change no weight at all. That is **in-context learning**. Large models do it amazingly well. Does
+# ours?
+#
+# The task: is a word an animal or a food? The base gets a list of solved examples in front of each
+# question. A copy of it is fine-tuned on the same examples. Both must then judge words that were
+# among neither. To be fair to a small model, it needs no right sentence: we only look at which of
+# the two answers it finds more likely.
+
+# %%
+ANIMALS = "dog horse cow bird mouse lion bear duck frog sheep rabbit wolf cat fox pig hen goat fish"
+FOODS = (
+    "cake soup rice milk cheese apple egg honey butter salt meat pie bread tea corn jam nut wine"
+)
+labelled = [
+    pair
+    for animal, food in zip(ANIMALS.split(), FOODS.split(), strict=True)
+    for pair in ((animal, "animal"), (food, "food"))
+]
+shown, asked = labelled[:24], labelled[24:]
+LABELS = {label: tokenizer.encode(f" {label}") for label in ("animal", "food")}
+
+
+@torch.no_grad()
+def likelier(model: GPT, ids: list[int], labels: dict[str, list[int]]) -> str:
+    """The label that the model finds more likely after these tokens."""
+    scores = {}
+    for label, tokens in labels.items():
+        logprobs_TV = model(torch.tensor([ids + tokens]))[0].log_softmax(-1)
+        places = range(len(ids) - 1, len(ids) + len(tokens) - 1)
+        scores[label] = sum(float(logprobs_TV[p, t]) for p, t in zip(places, tokens, strict=True))
+    return max(scores, key=scores.__getitem__)
+
+
+def few_shot(word: str, count: int) -> str:
+    """The base's guess, with that many solved examples before the question."""
+    lines = [f"{one}: {label}\n" for one, label in shown[:count]]
+    ids = [tokenizer.bos_id, *tokenizer.encode("".join(lines) + f"{word}:")]
+    return likelier(base, ids, LABELS)
+
+
+def as_talk(word: str, label: str) -> list[Message]:
+    return [Message("user", f"Animal or food: {word}?"), Message("assistant", label)]
+
+
+specialist = copy.deepcopy(base).train()
+task = [render(as_talk(word, label), tokenizer) for word, label in shown]
+gentle = replace(PLAIN, batch=2, sequence=128, epochs=12, matrix_lr=5e-3, vector_lr=1e-3)
+with tempfile.TemporaryDirectory() as folder:
+    finetune(specialist, task, gentle, folder, pad=tokenizer.pad_id)
+specialist.eval()
+ANSWERS = {label: tokenizer.encode(label) for label in LABELS}
+
+
+def trained(word: str) -> str:
+    """The specialist's guess."""
+    ids = render_prompt(as_talk(word, "")[:1], tokenizer, context=256, reserve=16)
+    return likelier(specialist, ids, ANSWERS)
+
+
+for count in (0, 4, 24):
+    right = sum(few_shot(word, count) == label for word, label in asked)
+    print(f"base, {count:2} examples in the prompt: {right:2} of {len(asked)} right")
+right = sum(trained(word) == label for word, label in asked)
+known = sum(trained(word) == label for word, label in shown)
+print(f"fine-tuned on 24 examples:    {right:2} of {len(asked)} right")
+print(f"and on the examples themselves: {known} of {len(shown)}")
+
+# %% [markdown]
+# Guessing gets half of them. With so few words to ask, a result has to stand well above half before
+# it means anything, so don't read much into two more or less.
+#
+# What you can rely on is the last line against the one before it. Fine-tuning nearly always learns
+# its *examples*. Whether it carries over to new words depends on what the base knows of them: if
+# its vectors for *goat* and *horse* are alike (chapter 04), one lesson serves both.
+#
+# In-context learning asks for more. The model must find the pattern in the prompt by itself, and
+# that ability only appears with far more training than a book chapter can give. So a small model is
+# better trained, and a large one can often simply be shown.
+#
+# ## What we left out
+#
+# - **Adapters (LoRA)** train a few small matrices beside the frozen weights. They save memory for
+#   huge models; ours fits anyway.
+# - **Replay**: mixing some pretraining text into fine-tuning, against forgetting.
+# - **Training only on the best replies**, chosen by a judge. Chapter 11 builds the judge.
+# - **Many public conversations.** We tried. A small model then speaks as they do, and our own voice
+#   drowns.
+#
+# ## Where this is in the package
+#
+# Everything tagged `export` here is `tinychat/sft.py`. `tinychat train sft` calls `finetune` with
+# the whole corpus, the held-out loss on the screen, and your own conversations if you name a file.
+#
+# ## Exercises
+#
+# **1. Pack better.** First fit in random order leaves some padding. Sort the conversations by length,
+# longest first, and let all rows stay open. How many rows does that save, and how far is it from the
+# least number that could be possible at all? Why do we still pack in random order?
+
+
+# %% tags=["solution"]
+def pack_sorted(lengths: Sequence[int], room: int) -> list[list[int]]:
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    return pack(lengths, room, order, open_rows=len(lengths))
+
+
+tight = pack_sorted(lengths, ROOM)
+least = -(-used // ROOM)
+print(f"random order {len(packed)}, sorted {len(tight)}, at least {least} rows")
+assert least <= len(tight) <= len(packed)
+# Sorted, the same conversations share a row in each epoch, and a batch holds only long ones or
+# only short ones. Random order mixes them anew each time, for a little padding.
+
+# %% [markdown]
+# **2. Without segments.** Drop the segments from the packed row of `two` and measure how much the
+# scores change, for the first conversation and for the second. Which one must stay the same, and
+# why?
+
+# %% tags=["solution"]
+with torch.no_grad():
+    ids_1T, segments_1T = row_4T[0][None], row_4T[3][None]
+    apart_TV = base(ids_1T, segments_BT=segments_1T)[0]
+    mixed_TV = base(ids_1T)[0]
+change_T = (apart_TV - mixed_TV).abs().amax(-1)
+of_first, of_second = (float(change_T[segments_1T[0] == number].max()) for number in (1, 2))
+print(f"largest change of a score: {of_first:.4f} in the first, {of_second:.4f} in the second")
+# The first stands at the beginning of the row: causality already hides everything behind it.
+assert of_first < 1e-3 < of_second
+
+# %% [markdown]
+# **3. Who decides?** Every learned token weighs the same, so long replies weigh more than short
+# ones. Compute which share of all learned tokens comes from the longest tenth of the conversations.
+# How would you give each conversation the same weight?
+
+# %% tags=["solution"]
+sizes = sorted((sum(one.loss_mask) for one in parts["train"]), reverse=True)
+share = sum(sizes[: len(sizes) // 10]) / sum(sizes)
+print(f"the longest tenth of the conversations holds {share:.0%} of the learned tokens")
+assert share > 0.1
+# A weight of 1 / (learned tokens of the conversation) in place of the mask's 1 would do it:
+# `LossFunction` divides by the sum of the weights. Short replies would then decide the voice.
+
+# %% [markdown]
+# ## Sources
+#
+# - L. Ouyang et al.: *Training language models to follow instructions with human feedback* (2022).
+#   Step one of three; section 3.5 and appendix C: epochs, and overfitting that people don't mind.
+# - C. Zhou et al.: *LIMA: Less Is More for Alignment* (2023). A thousand good conversations.
+# - M. M. Krell, M. Kosec, S. P. Perez, A. Fitzgibbon: *Efficient Sequence Packing without
+#   Cross-contamination* (2021). Packing with segments.
+# - T. B. Brown et al.: *Language Models are Few-Shot Learners* (2020). In-context learning.

@@ -220,10 +220,13 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.width)
+        # The table is given, so that nn.Embedding does not fill it twice.
+        table_VD = torch.empty(config.vocab_size, config.width)
+        self.embed = nn.Embedding(config.vocab_size, config.width, _weight=table_VD)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        cos_TK, sin_TK = rotary_tables(config.context, config.head_width, config.rope_theta)
+        with torch.device("cpu"):  # computed, not learned: real in an empty model too
+            cos_TK, sin_TK = rotary_tables(config.context, config.head_width, config.rope_theta)
         self.register_buffer("cos_TK", cos_TK, persistent=False)
         self.register_buffer("sin_TK", sin_TK, persistent=False)
         self.reset_parameters()
@@ -234,6 +237,8 @@ class GPT(nn.Module):
         The matrices that write into the residual stream start at zero: each block begins as
         "change nothing" and the gradient decides what it adds (Zhang et al. 2019, Fixup).
         """
+        if self.embed.weight.is_meta:
+            return  # an empty model: a checkpoint's weights will take these places
         # A token's score for itself starts at width x std, because rows are read and written by one
         # table; the second bound keeps wide models from guessing "the same token again".
         width = self.config.width
@@ -356,9 +361,6 @@ def load_model(path: str | Path) -> tuple[GPT, Tokenizer, CheckpointInfo]:
                 "get or train the checkpoint again."
             )
     model.load_state_dict(loaded.state, assign=True)
-    # The rotary tables are no weights: the file has none, so they are made here.
-    cos_TK, sin_TK = rotary_tables(config.context, config.head_width, config.rope_theta)
-    model.cos_TK, model.sin_TK = cos_TK, sin_TK
     tokenizer = Tokenizer(loaded.tokenizer)
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(

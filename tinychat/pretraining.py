@@ -512,9 +512,9 @@ def pretrain(
 
     def save() -> None:
         if rank == 0:
-            scalars = {"step": step, "steps": budget.steps, "tokens": tokens, "loss": loss}
-            scalars |= {"seconds": seconds_before + spent(), "bits_per_byte": bits}
-            scalars |= {"config": asdict(config)}
+            scalars: dict[str, Any] = {"step": step, "steps": budget.steps, "tokens": tokens}
+            scalars |= {"seconds": seconds_before + spent(), "config": asdict(config)}
+            scalars |= {"loss": loss, "bits_per_byte": bits}
             save_state(folder, pack_state(model, optimizers), scalars)
 
     log = MetricsWriter(folder / "metrics.jsonl", resume_step=step) if rank == 0 else nullcontext()

@@ -20,6 +20,49 @@ from tinychat.runtime.errors import ConfigError, DataError
 from tinychat.runtime.state import load_state
 
 
+def pack(
+    lengths: Sequence[int], room: int, order: Sequence[int], open_rows: int = 64
+) -> list[list[int]]:
+    """Sort conversations into rows of `room` tokens; returns the conversations of each row.
+
+    First fit in the given order: each conversation goes into the first row with enough room left.
+    Only the newest `open_rows` rows stay open, which keeps the work linear and the order random.
+    """
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for number in order:
+        size = min(lengths[number], room)
+        for row in range(max(0, len(rows) - open_rows), len(rows)):
+            if left[row] >= size:
+                rows[row].append(number)
+                left[row] -= size
+                break
+        else:
+            rows.append([number])
+            left.append(room - size)
+    return rows
+
+
+def packed_row(examples: Sequence[Rendered], room: int, pad: int) -> np.ndarray:
+    """Lay conversations one behind another: returns `[4, room]` inputs, targets, mask, segments.
+
+    A conversation of n tokens takes n - 1 places: its last token predicts nothing, because what
+    follows it is another conversation. One that is too long loses its end. Segment 0 is padding.
+    """
+    row = np.zeros((4, room), dtype=np.int64)
+    row[:2] = pad
+    start = 0
+    for number, example in enumerate(examples, 1):
+        size = min(len(example.tokens) - 1, room - start)
+        part = slice(start, start + size)
+        row[0, part] = example.tokens[:size]
+        row[1, part] = example.tokens[1 : size + 1]
+        row[2, part] = example.loss_mask[1 : size + 1]
+        row[3, part] = number
+        start += size
+    return row
+
+
 @dataclass(frozen=True)
 class SFTConfig:
     """What decides a fine-tuning run besides the model and the conversations."""
@@ -76,49 +119,6 @@ class SFTConfig:
             save_minutes=self.save_minutes,
             evaluate_every=self.evaluate_every,
         )
-
-
-def pack(
-    lengths: Sequence[int], room: int, order: Sequence[int], open_rows: int = 64
-) -> list[list[int]]:
-    """Sort conversations into rows of `room` tokens; returns the conversations of each row.
-
-    First fit in the given order: each conversation goes into the first row with enough room left.
-    Only the newest `open_rows` rows stay open, which keeps the work linear and the order random.
-    """
-    rows: list[list[int]] = []
-    left: list[int] = []
-    for number in order:
-        size = min(lengths[number], room)
-        for row in range(max(0, len(rows) - open_rows), len(rows)):
-            if left[row] >= size:
-                rows[row].append(number)
-                left[row] -= size
-                break
-        else:
-            rows.append([number])
-            left.append(room - size)
-    return rows
-
-
-def packed_row(examples: Sequence[Rendered], room: int, pad: int) -> np.ndarray:
-    """Lay conversations one behind another: returns `[4, room]` inputs, targets, mask, segments.
-
-    A conversation of n tokens takes n - 1 places: its last token predicts nothing, because what
-    follows it is another conversation. One that is too long loses its end. Segment 0 is padding.
-    """
-    row = np.zeros((4, room), dtype=np.int64)
-    row[:2] = pad
-    start = 0
-    for number, example in enumerate(examples, 1):
-        size = min(len(example.tokens) - 1, room - start)
-        part = slice(start, start + size)
-        row[0, part] = example.tokens[:size]
-        row[1, part] = example.tokens[1 : size + 1]
-        row[2, part] = example.loss_mask[1 : size + 1]
-        row[3, part] = number
-        start += size
-    return row
 
 
 class PackedConversations:

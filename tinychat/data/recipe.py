@@ -7,6 +7,8 @@ small model bears more). What a short source can't give, the long ones fill.
 
 from collections.abc import Mapping
 
+from tinychat.runtime.errors import DataError
+
 # source: (share in the main phase, share in the final phase, most passes over it)
 WISHES: dict[str, tuple[float, float, float]] = {
     "children_classics": (0.20, 0.08, 10),
@@ -40,8 +42,10 @@ def shares(available: Mapping[str, int], tokens: float, *, final: bool) -> dict[
 
     `available` holds tokens by source; a source that WISHES does not name (a user's own file)
     counts as stories do. Where limits leave too little text for the budget, all limits stretch by
-    the same factor: the budget is always filled.
+    the same factor: the budget is always filled. Raises DataError where there is no text at all.
     """
+    if not any(available.values()):
+        raise DataError("there is no text to train on: name a file with --source")
     wishes = {name: WISHES.get(name, (0.2, 0.2, 15)) for name in available}
     wanted = {name: wish[1 if final else 0] for name, wish in wishes.items()}
     wanted = {name: share for name, share in wanted.items() if share > 0 and available[name] > 0}

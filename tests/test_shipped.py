@@ -1,0 +1,91 @@
+"""The checkpoints in checkpoints/: what a fresh clone talks to."""
+
+from pathlib import Path
+
+import pytest
+
+from tinychat.cli.card import card
+from tinychat.data import corpus, tokenizer_model
+from tinychat.data.records import Message
+from tinychat.data.split import split_of
+from tinychat.dialogue import render, render_prompt
+from tinychat.generation import Sampling, stream
+from tinychat.gpt import load_model
+from tinychat.pretraining import LossFunction, bits_per_byte, bytes_of_tokens
+from tinychat.runtime.checkpoint import read_info
+from tinychat.sft import PackedConversations, SFTConfig
+
+FOLDER = Path(__file__).parents[1] / "checkpoints"
+FILES = sorted(FOLDER.glob("*.safetensors"))
+CHAT = [path for path in FILES if path.stem in ("sft", "rlhf")]
+MB = 1_000_000
+
+
+def test_a_fresh_clone_has_a_base_and_a_chat_model():
+    assert {"base", "sft"} <= {path.stem for path in FILES}
+
+
+def test_sizes_stay_within_the_limits():
+    sizes = [path.stat().st_size for path in FILES]
+    assert max(sizes) <= 45 * MB
+    assert sum(sizes) <= 150 * MB
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_metadata_tell_the_whole_story(path):
+    info = read_info(path)
+    assert info.stage == path.stem
+    assert info.lineage["tokens"] > 0
+    assert info.lineage["hardware"]["cpu"]
+    assert all(entry["licence"] for entry in info.lineage["data"].values())
+    assert abs(info.metrics["storage_cost_percent"]) < 0.5
+
+
+def test_stages_name_their_parent():
+    from tinychat.runtime.checkpoint import file_sha256
+
+    sft = read_info(FOLDER / "sft.safetensors")
+    assert sft.lineage["parent_sha256"] == file_sha256(FOLDER / "base.safetensors")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_it_was_made_with_the_shipped_tokenizer(path):
+    _, tokenizer, _ = load_model(path)
+    assert tokenizer.model == tokenizer_model()
+
+
+def test_the_card_is_up_to_date():
+    assert (FOLDER / "README.md").read_text(encoding="utf-8") == card(FOLDER), (
+        "make it again: tinychat models --card checkpoints > checkpoints/README.md"
+    )
+
+
+def test_recorded_bits_per_byte_can_be_measured_again():
+    """On the replies that training never saw; bfloat16 against float32 leaves a small gap."""
+    model, tokenizer, info = load_model(FOLDER / "sft.safetensors")
+    config = SFTConfig(sequence=info.lineage["settings"]["sequence"])
+    held_out = [
+        render(dialogue, tokenizer, context=config.sequence + 1)
+        for dialogue in corpus.dialogues()
+        if split_of(dialogue.id) == "validation"
+    ]
+    packed = PackedConversations(held_out, config, tokenizer.pad_id)
+    batches = [packed.batch([row]) for row in packed.rows(0)]
+    exact = LossFunction(model, dtype=model.embed.weight.dtype, compiled=False)
+    bits = bits_per_byte(exact, batches, bytes_of_tokens(tokenizer))
+    assert bits == pytest.approx(info.metrics["bits_per_byte"]["unseen replies"], rel=0.01)
+
+
+@pytest.mark.parametrize("path", CHAT, ids=lambda path: path.stem)
+def test_replies_are_sentences_that_end_by_themselves(path):
+    model, tokenizer, _ = load_model(path)
+    sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=200, seed=1)
+    replies = []
+    for prompt in ("hi", "what is your name?", "tell me a short story about a fox", "ok thanks!"):
+        ids = render_prompt([Message("user", prompt)], tokenizer, context=512, reserve=200)
+        replies.append("".join(stream(model, tokenizer, ids, sampling)))
+    for reply in replies:
+        assert reply and "\ufffd" not in reply and "<|" not in reply
+    finished = [reply for reply in replies if reply.rstrip()[-1] in '.!?"']
+    assert len(finished) >= 3, replies
+    assert "tinychat" in replies[1].lower()

@@ -1,0 +1,391 @@
+"""`tinychat train` from outside: real small runs, Ctrl-C, resuming, and every kind of bad input."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tinychat.cli.app import app
+from tinychat.cli.train import SAMPLE_PROMPTS, clock, override
+from tinychat.data import tokenizer_model
+from tinychat.gpt import GPT, GPTConfig, load_model, save_model
+from tinychat.pretraining import TrainConfig
+from tinychat.runtime.checkpoint import file_sha256, read_info
+from tinychat.runtime.errors import ConfigError
+from tinychat.runtime.metrics import read_metrics
+from tinychat.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAIN = ["--set", "batch=2", "--set", "compiled=false", "--set", "precision=fp32"]
+BASE = ["--preset", "nano", "--minutes", "1", *PLAIN, "--set", "sequence=32"]
+SFT = [*PLAIN, "--set", "sequence=128", "--set", "batch=16"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, cache) -> Path:
+    """An empty folder to work in, without public data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TINYCHAT_CACHE", str(cache))
+    monkeypatch.delenv("TINYCHAT_DATA", raising=False)
+    return tmp_path
+
+
+def environment(cache: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "TINYCHAT_DATA"}
+    return {
+        **kept,
+        "PYTHONPATH": str(ROOT),
+        "TINYCHAT_CACHE": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, cache) -> Path:
+    """A folder in which the program itself has trained a base for two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = subprocess.run(
+        [sys.executable, "-m", "tinychat", "train", "base", *BASE, "--set", "steps=2"],
+        cwd=folder,
+        env=environment(cache),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder / "said.txt").write_text(done.stdout, encoding="utf-8")
+    return folder
+
+
+def run(*words: str):
+    return CliRunner().invoke(app, ["train", *words], env={"COLUMNS": "300"})
+
+
+def told(result) -> str:
+    """What an error says, once it is sure that it is one sentence and no traceback."""
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
+    assert text.startswith("Error") or "Error " in text, text
+    return text
+
+
+def picture(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder: what must not change."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def write_model(path: Path, stage: str, context: int = 512) -> Path:
+    torch.manual_seed(0)
+    shape = GPTConfig(
+        width=16, layers=1, heads=1, kv_heads=1, head_width=16, hidden=16, context=context
+    )
+    save_model(
+        path,
+        GPT(shape),
+        stage=stage,
+        tokenizer=Tokenizer(tokenizer_model()),
+        lineage={"tokens": 7},
+        metrics={},
+    )
+    return path
+
+
+# Runs
+
+
+def test_base_offline_on_the_embedded_corpus(trained):
+    folder = trained / "runs" / "base"
+    info = read_info(folder / "base.safetensors")
+    assert info.stage == "base"
+    assert set(info.lineage["data"]) == {"stories", "explanations", "dialogues"}
+    assert {source["licence"] for source in info.lineage["data"].values()} == {"CC0-1.0"}
+    assert (info.lineage["tokens"], info.lineage["steps"]) == (2 * 2 * 32, 2)
+    assert info.lineage["settings"]["batch"] == 2
+    assert 5 < info.metrics["loss"] < 12
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["preset"] == "nano" and "steps=2" in record["set"]
+    samples = (folder / "samples.txt").read_text(encoding="utf-8")
+    said = (trained / "said.txt").read_text(encoding="utf-8")
+    assert all(prompt in samples for prompt in SAMPLE_PROMPTS)
+    assert samples.strip() in said and "bits per byte on unseen stories" in said
+
+
+def test_sft_on_that_base(trained, here):
+    base = trained / "runs" / "base" / "base.safetensors"
+    result = run("sft", "--from", str(base), "--preset", "nano", *SFT, "--set", "epochs=0.01")
+    assert result.exit_code == 0, result.output
+    assert "Talk to it: tinychat chat --ckpt" in result.output
+    info = read_info("runs/sft/sft.safetensors")
+    assert info.stage == "sft"
+    assert info.lineage["parent"] == str(base)
+    assert info.lineage["parent_sha256"] == file_sha256(base)
+    assert info.lineage["ancestors"][0]["preset"] == "nano"
+    assert info.metrics["bits_per_byte"]["unseen replies"] > 0
+    assert "> what is your name?" in Path("runs/sft/samples.txt").read_text(encoding="utf-8")
+    shown = CliRunner().invoke(app, ["info", "runs/sft/sft.safetensors"])
+    assert "parent sha256" in shown.output and "ancestors" in shown.output
+    # It is finished, and says so instead of training again.
+    before = picture(here)
+    again = run("sft", "--resume")
+    assert again.exit_code == 0 and "is finished already" in again.stdout
+    assert picture(here) == before
+
+
+def test_a_finished_base(trained, here):
+    shutil.copytree(trained / "runs", "runs")
+    before = picture(here / "runs")
+    result = run("base", "--resume")
+    assert result.exit_code == 0 and "is finished already; give --minutes" in result.stdout
+    assert picture(here / "runs") == before
+    # Longer, when asked.
+    longer = run("base", "--resume", "--set", "steps=3")
+    assert longer.exit_code == 0, longer.output
+    assert read_info("runs/base/base.safetensors").lineage["steps"] == 3
+
+
+def test_killed_before_its_checkpoint_was_written(trained, here):
+    shutil.copytree(trained / "runs", "runs")
+    Path("runs/base/base.safetensors").unlink()
+    result = run("base", "--resume")
+    assert result.exit_code == 0, result.output
+    first = read_info(trained / "runs/base/base.safetensors")
+    again = read_info("runs/base/base.safetensors")
+    assert again.metrics["loss"] == pytest.approx(first.metrics["loss"], abs=1e-3)
+    assert again.lineage["steps"] == 2
+    one, two = (
+        load_model(folder / "runs/base/base.safetensors")[0].state_dict()
+        for folder in (trained, here)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_source_of_ones_own_and_a_start(trained, here):
+    Path("mine.txt").write_text("The fox ran. " * 200, encoding="utf-8")
+    start = str(trained / "runs/base/base.safetensors")
+    words = ["--source", "mine.txt", "--from", start, "--run", "own"]
+    result = run("base", *BASE, "--set", "steps=1", *words)
+    assert result.exit_code == 0, result.output
+    info = read_info("runs/own/base.safetensors")
+    assert info.lineage["data"]["mine.txt"]["licence"] == "the user's"
+    assert info.lineage["parent"] == start
+    size = info.lineage["data"]["mine.txt"]["tokens"]
+    # Resuming remembers the file, and notices that it has changed.
+    longer = run("base", "--resume", "--run", "own", "--set", "steps=2")
+    assert longer.exit_code == 0, longer.output
+    info = read_info("runs/own/base.safetensors")
+    assert info.lineage["data"]["mine.txt"]["tokens"] == size
+    assert info.lineage["parent"] == start
+    Path("mine.txt").write_text("The snail crept. " * 400, encoding="utf-8")
+    assert "mine.txt has changed since this run began" in told(
+        run("base", "--resume", "--run", "own", "--set", "steps=3")
+    )
+    # A new run reads the new text, not the tokens of the old one.
+    result = run("base", *BASE, "--set", "steps=1", "--source", "mine.txt", "--run", "new")
+    assert result.exit_code == 0, result.output
+    assert read_info("runs/new/base.safetensors").lineage["data"]["mine.txt"]["tokens"] != size
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to another process")
+def test_ctrl_c_saves_and_resuming_goes_on(here, cache):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tinychat", "train", "base", *BASE, "--set", "steps=1000000"],
+        cwd=here,
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    metrics = here / "runs" / "base" / "metrics.jsonl"
+    try:
+        until = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < until, "no step in two minutes"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said, warned = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, warned
+    assert "Traceback" not in warned and "saving" in warned
+    step = int(re.search(r"Stopped and saved at step (\d+)\.", said)[1])
+    assert "Go on with: tinychat train base --run base --resume" in said
+    assert not (here / "runs/base/base.safetensors").exists()
+    assert len(read_metrics(metrics)) == step
+    result = run("base", "--resume", "--set", f"steps={step + 2}")
+    assert result.exit_code == 0, result.output
+    assert [row["step"] for row in read_metrics(metrics)] == list(range(1, step + 3))
+    assert read_info("runs/base/base.safetensors").lineage["steps"] == step + 2
+
+
+def test_sft_with_conversations_of_ones_own(here):
+    write_model(here / "start.safetensors", "sft")
+    talk = {
+        "messages": [
+            {"role": "user", "content": "ping"},
+            {"role": "assistant", "content": "pong"},
+        ]
+    }
+    Path("mine.jsonl").write_text(f"{json.dumps(talk)}\n", encoding="utf-8")
+    words = ["--from", "start.safetensors", "--data", "mine.jsonl", "--set", "epochs=0.01"]
+    result = run("sft", *words, *SFT)
+    assert result.exit_code == 0, result.output
+    lineage = read_info("runs/sft/sft.safetensors").lineage
+    assert lineage["data"]["mine.jsonl"] == {"licence": "the user's"}
+    assert json.loads(Path("runs/sft/run.json").read_text())["data"] == ["mine.jsonl"]
+
+
+def test_train_tokenizer(here):
+    result = run("tokenizer", "--vocab-size", "400", "--out", "my/tokenizer.model")
+    assert result.exit_code == 0, result.output
+    assert Tokenizer.from_file("my/tokenizer.model").vocab_size == 400
+    assert "exists already" in told(run("tokenizer", "--out", "my/tokenizer.model"))
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["base", "--preset", "nanno", "--minutes", "1"], "did you mean 'nano'?"),
+        (["base"], "How long? Give a budget, for instance --minutes 10."),
+        (["base", "--minutes", "0"], "--minutes is 0; give a number above 0"),
+        (["base", "--minutes", "-3"], "--minutes is -3"),
+        (["base", "--minutes", "nan"], "--minutes is nan"),
+        (["base", "--minutes", "soon"], "Invalid value for '--minutes'"),
+        ([*"base --minutes 1 --set bach=2".split()], "--set bach=2 names no setting; did you mean"),
+        ([*"base --minutes 1 --set zzzz=2".split()], "there are steps, batch, sequence"),
+        ([*"base --minutes 1 --set batch".split()], "--set batch"),
+        ([*"base --minutes 1 --set batch=two".split()], "'two' won't do; batch must be a whole"),
+        ([*"base --minutes 1 --set batch=0".split()], "batch is 0; it must be at least 1"),
+        ([*"base --minutes 1 --set compiled=maybe".split()], "compiled must be true or false"),
+        ([*"base --minutes 1 --set matrix_lr=inf".split()], "matrix_lr must be a number"),
+        ([*"base --minutes 1 --set precision=fp8".split()], "choose bf16 or fp32"),
+        ([*"base --minutes 1 --run ../up".split()], "'../up' can't name a folder in runs"),
+        ([*"base --minutes 1 --run ..".split()], "'..' can't name a folder in runs"),
+        ([*"base --minutes 1 --run a/b".split()], "'a/b' can't name a folder in runs"),
+        ([*"base --minutes 1 --run a\\b".split()], "can't name a folder in runs"),
+        (["base", "--minutes", "1", "--run", ""], "'' can't name a folder in runs"),
+        (["base", "--resume"], "There is no run to resume in runs/base"),
+        (["base", "--resume", "--run", "other"], "There is no run to resume in runs/other"),
+        ([*"base --minutes 1 --data nowhere".split()], "nowhere does not exist"),
+        ([*"base --minutes 1 --data hollow".split()], "none of the expected files"),
+        ([*"base --minutes 1 --source gone.txt".split()], "there is no file gone.txt"),
+        ([*"base --minutes 1 --source empty.txt".split()], "empty.txt is empty"),
+        ([*"base --minutes 1 --source blank.txt".split()], "blank.txt holds no text"),
+        ([*"base --minutes 1 --source latin.txt".split()], "latin.txt is not UTF-8 text (byte 3)"),
+        ([*"base --minutes 1 --source latin.jsonl".split()], "latin.jsonl"),
+        ([*"base --minutes 1 --source broken.jsonl".split()], "broken.jsonl:1"),
+        ([*"base --minutes 1 --source picture.png".split()], "picture.png can't be a source"),
+        ([*"base --minutes 1 --tokenizer gone.model".split()], "gone.model can't be read"),
+        ([*"base --minutes 1 --tokenizer blank.txt".split()], "no SentencePiece model"),
+        ([*"base --minutes 1 --from gone".split()], "No checkpoint 'gone'"),
+        ([*"base --minutes 1 --device tpu".split()], "Unknown device 'tpu'"),
+        (["sft", "--from", "gone"], "No checkpoint 'gone'"),
+        (["sft", "--from", "blank.txt"], "blank.txt"),
+        (["sft", "--from", "reward"], "reward model, which gives marks"),
+        (["sft", "--from", "rlhf"], "fine-tuning would undo what its rewards taught"),
+        (["sft", "--from", "start", "--minutes", "0"], "--minutes is 0"),
+        (["sft", "--from", "start", "--preset", "nano"], "is no nano model"),
+        (["sft", "--from", "start", "--preset", "nono"], "did you mean 'nano'?"),
+        (["sft", "--from", "start", "--set", "epochs=0"], "epochs is 0"),
+        (["sft", "--from", "start", "--set", "epochs=many"], "epochs must be a number"),
+        (["sft", "--from", "start", "--set", "epoch=1"], "did you mean epochs?"),
+        (["sft", "--from", "start", "--set", "sequence=999"], "reads at most 512 tokens"),
+        (["sft", "--from", "start", "--data", "gone.jsonl"], "there is no file gone.jsonl"),
+        (["sft", "--from", "start", "--data", "latin.jsonl"], "latin.jsonl"),
+        (["sft", "--from", "start", "--data", "broken.jsonl"], "broken.jsonl:1"),
+        (["sft", "--from", "start", "--data", "empty.jsonl"], "empty.jsonl is empty"),
+        (["sft", "--from", "start", "--run", "x/.."], "can't name a folder in runs"),
+        (["sft", "--resume"], "There is no run to resume in runs/sft"),
+        (["tokenizer", "--vocab-size", "5"], "no tokenizer of 5 pieces"),
+        (["tokenizer", "--vocab-size", "-1"], "no tokenizer of -1 pieces"),
+        (["tokenizer", "--vocab-size", "many"], "Invalid value for '--vocab-size'"),
+        (["tokenizer", "--vocab-size", "2000000"], "no tokenizer of 2000000 pieces"),
+        (["tokenizer", "--data", "nowhere"], "nowhere does not exist"),
+        (["dance"], "No such command"),
+        (["base", "--minuets", "1"], "No such option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_sentence_and_change_nothing(here, models, words, sentence):
+    shutil.copytree(models, here, dirs_exist_ok=True)
+    before = picture(here)
+    if words[0] == "base" and "--preset" not in words and "--resume" not in words:
+        words = [*words, "--preset", "nano"]
+    assert sentence in told(run(*words))
+    assert picture(here) == before
+    assert not Path("runs").exists()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder with a checkpoint of each kind, and files of all bad kinds."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "checkpoints").mkdir()
+    for name, stage in (("start", "base"), ("reward", "reward"), ("rlhf", "rlhf")):
+        write_model(folder / "checkpoints" / f"{name}.safetensors", stage)
+    (folder / "hollow").mkdir()
+    for name in ("empty.txt", "empty.jsonl"):
+        (folder / name).touch()
+    (folder / "blank.txt").write_text(" \n\n ")
+    (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (folder / "latin.jsonl").write_bytes('{"text": "caf\xe9"}\n'.encode("latin-1"))
+    (folder / "broken.jsonl").write_text('{"text": \n')
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    return folder
+
+
+def test_a_used_folder_is_left_alone(trained, here):
+    shutil.copytree(trained / "runs", "runs")
+    shutil.copytree("runs/base", "runs/sft")
+    Path("runs/notes").mkdir()
+    Path("runs/notes/plan.txt").write_text("mine")
+    Path("runs/notes/run.json").write_text('{"preset": "nano"}')
+    before = picture(here)
+    assert "runs/base already holds a run; add --resume" in told(run("base", *BASE))
+    assert "runs/sft already holds a run" in told(run("sft", "--from", "runs/base/base"))
+    assert "runs/notes already holds" in told(run("base", *BASE, "--run", "notes"))
+    # A pretraining run is no fine-tuning run, and a record can be damaged.
+    assert "no run to resume in runs/notes" in told(run("sft", "--resume", "--run", "notes"))
+    assert picture(here) == before
+    Path("runs/notes/run.json").write_text("[1]")
+    before = picture(here)
+    assert "no run to resume in runs/notes" in told(run("base", "--resume", "--run", "notes"))
+    assert picture(here) == before
+
+
+# Small parts
+
+
+def test_override_parses_each_kind():
+    config = override(TrainConfig(), ["batch=4", "matrix_lr=1e-3", "compiled=False"])
+    assert (config.batch, config.matrix_lr, config.compiled) == (4, 1e-3, False)
+    with pytest.raises(ConfigError, match="true or false"):
+        override(TrainConfig(), ["compiled=yes"])
+
+
+def test_clock():
+    assert [clock(s) for s in (5, 65, 3723)] == ["0:05", "1:05", "1:02:03"]
