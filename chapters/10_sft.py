@@ -78,7 +78,7 @@ def train_a_little(tokenizer: Tokenizer, seconds: float) -> GPT:
     text = torch.tensor(ids)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     begin, steps = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds:
+    while steps < 10 or time.perf_counter() - begin < seconds:
         starts_B1 = torch.randint(len(text) - 65, (8, 1))
         window_BT = text[starts_B1 + torch.arange(65)]
         logits_BTV = model(window_BT[:, :-1])
@@ -88,7 +88,8 @@ def train_a_little(tokenizer: Tokenizer, seconds: float) -> GPT:
         optimizer.step()
         steps += 1
     print(f"no base checkpoint found: trained {model.config.parameters / 1e6:.1f} M weights here,")
-    print(f"{steps} steps in {seconds:.0f} seconds, loss {loss.item():.2f}")
+    spent = time.perf_counter() - begin
+    print(f"{steps} steps in {spent:.0f} seconds, loss {loss.item():.2f}")
     return model.eval()
 
 
@@ -126,7 +127,7 @@ def say(model: GPT, question: str) -> str:
     """The reply in the template, greedily."""
     context = model.config.context
     ids = render_prompt([Message("user", question)], tokenizer, context=context, reserve=64)
-    return "".join(stream(model, tokenizer, ids, greedy)).strip()
+    return " ".join("".join(stream(model, tokenizer, ids, greedy)).split())
 
 
 for question in QUESTIONS[:2]:
@@ -444,9 +445,10 @@ def finetune(
     was begun with minutes keeps its number of steps when it is resumed without. Raises DataError
     where nothing is to be learned, ConfigError for rows longer than the model reads.
     """
-    if config.sequence > model.config.context:
+    context = model.config.context
+    if config.sequence > context:
         raise ConfigError(
-            f"sequence is {config.sequence}; this model reads at most {model.config.context} tokens."
+            f"sequence is {config.sequence}; this model reads at most {context} tokens."
         )
     stream = PackedConversations(examples, config, pad)
     saved = load_state(folder) if resume and not minutes else None
@@ -483,27 +485,24 @@ def held_out(count: int) -> list[Batch]:
     return [packs.batch(rows[start : start + 8]) for start in range(0, len(rows), 8)]
 
 
-few = parts["train"][: 12 if FAST else 40]
+few = parts["train"][: 8 if FAST else 16]
 seen = PackedConversations(few, PLAIN, tokenizer.pad_id)
 unseen = held_out(24)
 student = copy.deepcopy(base).train()
 # Full rates on purpose: the point is to see it go wrong soon.
 harsh = replace(PLAIN, batch=len(seen.rows(0)), matrix_lr=0.01, vector_lr=2e-3)
+harsh = replace(harsh, epochs=10 if FAST else 60 if base.config.parameters < 4e6 else 25)
 table: list[tuple[int, float, float]] = []
 
 
 def watch(progress: Progress) -> None:
-    known = progress.steps < 100_000
-    if progress.step == 1 or (known and progress.step % max(1, progress.steps // 10) == 0):
+    if progress.step == 1 or progress.step % (progress.steps // 10 or 1) == 0:
         table.append((progress.step, progress.loss, mean_loss(student, unseen)))
 
 
 with tempfile.TemporaryDirectory() as folder:
-    finetune(
-        student, few, harsh, folder, pad=tokenizer.pad_id, minutes=(1 if FAST else 20) / 60,
-        on_step=watch,
-    )  # fmt: skip
-print(f"{len(few)} conversations, one step an epoch")
+    finetune(student, few, harsh, folder, pad=tokenizer.pad_id, on_step=watch)
+print(f"{len(few)} conversations, about one step an epoch")
 print("epoch   read   unseen")
 for epoch, read, other in table:
     print(f"{epoch:5} {read:6.2f} {other:8.2f} {'#' * round(6 * other)}")
@@ -574,7 +573,7 @@ for question in QUESTIONS:
     print(f"> {question}\n  base: {before[question]}\n  sft:  {say(model, question)}\n")
 
 # %% [markdown]
-# Judge for yourself, and be fair: this took less than a minute. The first things to come are the
+# Judge for yourself, and be fair: it was a short run on a small model. The first things to come are the
 # length and the tone of a reply. Facts come last or never. Fine-tuning shows a model *which* of its
 # voices to use. What it never read in pretraining, a few conversations can't put there. Zhou et al.
 # (2023) took this to its end: a thousand careful conversations were enough to turn a large base into
@@ -646,9 +645,9 @@ def as_talk(word: str, label: str) -> list[Message]:
 
 specialist = copy.deepcopy(base).train()
 task = [render(as_talk(word, label), tokenizer) for word, label in shown]
-gentle = replace(PLAIN, batch=2, sequence=128, epochs=12, matrix_lr=5e-3, vector_lr=1e-3)
+drill = replace(PLAIN, batch=4, sequence=64, epochs=60, matrix_lr=1e-2, vector_lr=3e-3)
 with tempfile.TemporaryDirectory() as folder:
-    finetune(specialist, task, gentle, folder, pad=tokenizer.pad_id)
+    finetune(specialist, task, drill, folder, pad=tokenizer.pad_id)
 specialist.eval()
 ANSWERS = {label: tokenizer.encode(label) for label in LABELS}
 
@@ -671,8 +670,8 @@ print(f"and on the examples themselves: {known} of {len(shown)}")
 # Guessing gets half of them. With so few words to ask, a result has to stand well above half before
 # it means anything, so don't read much into two more or less.
 #
-# What you can rely on is the last line against the one before it. Fine-tuning nearly always learns
-# its *examples*. Whether it carries over to new words depends on what the base knows of them: if
+# Compare the last two lines instead. With enough readings, fine-tuning learns its *examples*.
+# Whether it carries over to new words depends on what the base knows of them: if
 # its vectors for *goat* and *horse* are alike (chapter 04), one lesson serves both.
 #
 # In-context learning asks for more. The model must find the pattern in the prompt by itself, and

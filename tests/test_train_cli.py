@@ -209,7 +209,7 @@ def test_a_source_of_ones_own_and_a_start(trained, here):
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to another process")
 def test_ctrl_c_saves_and_resuming_goes_on(here, cache):
     process = subprocess.Popen(
-        [sys.executable, "-m", "tinychat", "train", "base", *BASE, "--set", "steps=1000000"],
+        [sys.executable, "-m", "tinychat", "train", "base", *BASE],
         cwd=here,
         env=environment(cache),
         stdout=subprocess.PIPE,

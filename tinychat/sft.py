@@ -187,9 +187,10 @@ def finetune(
     was begun with minutes keeps its number of steps when it is resumed without. Raises DataError
     where nothing is to be learned, ConfigError for rows longer than the model reads.
     """
-    if config.sequence > model.config.context:
+    context = model.config.context
+    if config.sequence > context:
         raise ConfigError(
-            f"sequence is {config.sequence}; this model reads at most {model.config.context} tokens."
+            f"sequence is {config.sequence}; this model reads at most {context} tokens."
         )
     stream = PackedConversations(examples, config, pad)
     saved = load_state(folder) if resume and not minutes else None
