@@ -931,16 +931,18 @@ def pack_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str,
 def unpack_state(
     tensors: Mapping[str, Tensor], model: GPT, optimizers: list[torch.optim.Optimizer]
 ) -> None:
-    """Put back what `pack_state` returned; ConfigError when it is of another model."""
+    """Put back what `pack_state` returned; ConfigError, and no change, for another model's."""
     parameters = dict(model.named_parameters())
-    for name, weight in parameters.items():
-        saved = tensors.get(f"model/{name}")
-        if saved is None or saved.shape != weight.shape:
+    saved = {key.removeprefix("model/"): tensors[key] for key in tensors if key[:6] == "model/"}
+    shapes = [{name: w.shape for name, w in part.items()} for part in (parameters, saved)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        if shapes[0].get(name) != shapes[1].get(name):
             raise ConfigError(
                 f"The saved run has another model shape (at {name!r}); "
                 "resume with the same preset, or start a new run with another --run name."
             )
-        weight.data.copy_(saved)
+    for name, weight in parameters.items():
+        weight.data.copy_(saved[name])
     for key, value in tensors.items():
         kind, _, rest = key.partition("/")
         if kind != "model":
@@ -1115,7 +1117,7 @@ assert [row["step"] for row in rows] == list(range(1, 13))
 @torch.inference_mode()
 def go_on(model: GPT, text: str, count: int = 24) -> str:
     """Continue a text, one draw at a time; chapter 08 does this properly."""
-    draw = torch.Generator().manual_seed(1)
+    draw = torch.Generator().manual_seed(len(text))
     ids = [tokenizer.bos_id, *tokenizer.encode(text)]
     for _ in range(count):
         scores_V = model(torch.tensor([ids]))[0, -1] / 0.7
@@ -1331,8 +1333,8 @@ assert cosine(100, 100, 0.1) < 1e-9
 
 # %% [markdown]
 # **2. What does memory cost?** How many bytes does training keep for each weight: the weight, its
-# gradient, and what the optimizer remembers? Write `bytes_to_train(model, optimizers)`, which
-# measures it after a step. Which half of the model is the cheaper one, and why?
+# gradient, and what the optimizer remembers? Write `bytes_to_train(optimizer)`, which measures it
+# after a step. Which of the two optimizers is the cheaper one, and why?
 
 
 # %% tags=["solution"]

@@ -436,16 +436,18 @@ def pack_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str,
 def unpack_state(
     tensors: Mapping[str, Tensor], model: GPT, optimizers: list[torch.optim.Optimizer]
 ) -> None:
-    """Put back what `pack_state` returned; ConfigError when it is of another model."""
+    """Put back what `pack_state` returned; ConfigError, and no change, for another model's."""
     parameters = dict(model.named_parameters())
-    for name, weight in parameters.items():
-        saved = tensors.get(f"model/{name}")
-        if saved is None or saved.shape != weight.shape:
+    saved = {key.removeprefix("model/"): tensors[key] for key in tensors if key[:6] == "model/"}
+    shapes = [{name: w.shape for name, w in part.items()} for part in (parameters, saved)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        if shapes[0].get(name) != shapes[1].get(name):
             raise ConfigError(
                 f"The saved run has another model shape (at {name!r}); "
                 "resume with the same preset, or start a new run with another --run name."
             )
-        weight.data.copy_(saved)
+    for name, weight in parameters.items():
+        weight.data.copy_(saved[name])
     for key, value in tensors.items():
         kind, _, rest = key.partition("/")
         if kind != "model":
