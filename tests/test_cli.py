@@ -296,16 +296,16 @@ def test_a_terminal(shipped):
         env={**ENV, "TERM": "xterm", "COLUMNS": "80", "PROMPT_TOOLKIT_NO_CPR": "1"},
     )  # fmt: skip
     child.expect_exact("Ctrl-D leaves")
-    child.expect_exact("> ")
+    child.expect(r"1m>.*\x1b\[\?25h")
     child.send("/syst\x7f\x7f\x7f\x7fset seed 5\r")  # backspace edits the line
     child.expect_exact("(seed is 5)")
     child.send("hello\r")
-    child.expect_exact("> ")
+    child.expect(r"1m>.*\x1b\[\?25h")
     child.send("/stats\r")
     child.expect("first token")
     child.send("\x03")
     child.expect_exact("once more leaves")
-    child.expect_exact("> ")  # between two prompts the key would reach nobody
+    child.expect(r"1m>.*\x1b\[\?25h")  # between two prompts the key would reach nobody
     child.send("\x03")
     child.expect(pexpect.EOF)
     child.close()
