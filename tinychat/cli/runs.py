@@ -1,0 +1,288 @@
+"""A training run's folder, settings, data and checkpoint: everything but training and drawing."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from tinychat.runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tinychat.data.shards import TokenShard
+    from tinychat.gpt import GPT
+    from tinychat.pretraining import Result
+    from tinychat.runtime.checkpoint import CheckpointInfo
+    from tinychat.tokenizer import Tokenizer
+
+C = TypeVar("C")
+
+
+def check_minutes(minutes: float | None, resume: bool) -> None:
+    """Refuse a budget that can't work; a resumed run may keep the one it had."""
+    if minutes is None:
+        if not resume:
+            raise ConfigError("How long? Give a budget, for instance --minutes 10.")
+    elif not 0 < minutes < 1e6:
+        raise ConfigError(f"--minutes is {minutes:g}; give a number above 0, for instance 10.")
+
+
+def override(config: C, settings: Iterable[str]) -> C:
+    """Return the config with `key=value` texts applied, each parsed as the type of its field."""
+    kinds = {field.name: type(getattr(config, field.name)) for field in fields(config)}  # type: ignore[arg-type]
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or key not in kinds:
+            close = difflib.get_close_matches(key, kinds, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(kinds)}."
+            raise ConfigError(f"--set {setting} names no setting; {hint}")
+        try:
+            if kinds[key] is bool:
+                parsed: Any = {"true": True, "false": False}[value.lower()]
+            else:
+                parsed = kinds[key](value)
+            if kinds[key] is float and not math.isfinite(parsed):
+                raise ValueError
+        except (ValueError, KeyError):
+            wanted = {bool: "true or false", int: "a whole number", float: "a number"}
+            raise ConfigError(
+                f"--set {setting}: {value!r} won't do; {key} must be {wanted[kinds[key]]}."
+            ) from None
+        config = replace(config, **{key: parsed})  # type: ignore[type-var]
+    return config
+
+
+def check_sequence(sequence: int, context: int) -> None:
+    """Refuse rows that are longer than the model reads."""
+    if sequence > context:
+        raise ConfigError(f"sequence is {sequence}; this model reads at most {context} tokens.")
+
+
+def run_folder(name: str, resume: bool) -> Path:
+    """Return `runs/NAME`; ConfigError for a name that leads elsewhere, or a folder in use."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ConfigError(
+            f"--run {name!r} can't name a folder in runs; use letters, digits, '-', '_' and '.'."
+        )
+    folder = Path("runs") / name
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"{folder} already holds a run; add --resume to go on with it, "
+            "or choose another name with --run."
+        )
+    return folder
+
+
+def read_record(folder: Path, needed: str) -> dict[str, Any]:
+    """Return what a run was started with; ConfigError where there is none of this kind."""
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if isinstance(record.get(needed), str):
+            return record
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise ConfigError(
+        f"There is no run to resume in {folder}; start one without --resume, "
+        "or name another with --run."
+    )
+
+
+def budget_of(record: Mapping[str, Any], folder: Path) -> float | None:
+    """Minutes of a run that was stopped before its number of steps was known, else None.
+
+    Once a state is saved, it knows the number of steps that the first minutes gave.
+    """
+    return None if any(folder.glob("state-*.safetensors")) else record.get("minutes")
+
+
+def is_written(path: Path) -> bool:
+    """True if the last thing that a run did was to write its checkpoint."""
+    states = [state.stat().st_mtime for state in path.parent.glob("state-*.safetensors")]
+    return path.exists() and path.stat().st_mtime >= max(states, default=0.0)
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Remember what a new run was started with; two that start at once can't share a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with (folder / "run.json").open("x", encoding="utf-8") as file:
+            file.write(json.dumps(record, indent=2) + "\n")
+    except FileExistsError:
+        raise ConfigError(
+            f"{folder} already holds a run; choose another name with --run."
+        ) from None
+
+
+def find_checkpoint(name: str) -> Path:
+    from tinychat.runtime.checkpoint import find
+
+    return find(name)
+
+
+def cache_folder(pieces: Tokenizer) -> Path:
+    """Where token shards of this tokenizer are kept."""
+    from platformdirs import user_cache_dir
+
+    root = Path(os.environ.get("TINYCHAT_CACHE") or user_cache_dir("tinychat"))
+    return root / "shards" / pieces.sha256[:12]
+
+
+def join_processes() -> tuple[int, int]:
+    """Under torchrun, meet the other processes; returns (rank, number of processes)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return 0, 1
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def make_shards(
+    public: Path | None,
+    pieces: Tokenizer,
+    names: list[str],
+    own_files: Mapping[str, str],
+    report: Callable[[Any], None],
+) -> dict[str, dict[str, TokenShard]]:
+    """Return token shards `[split][source]`, in the order of `names`.
+
+    Public files never change. Our corpus changes with the version and a user's file at any time,
+    so their shards lie in folders that are named after their contents.
+    """
+    from importlib.resources import files
+
+    from tinychat.data.prepare import EMBEDDED, SPLITS, prepare, shard_name
+
+    cache = cache_folder(pieces)
+    corpus = sorted(files("tinychat.data").joinpath("corpus").iterdir(), key=lambda f: f.name)
+    texts = [file.read_bytes() for file in corpus if file.name.endswith(".jsonl")]
+    version = hashlib.sha256(b"".join(texts)).hexdigest()
+    parts: dict[Path, list[str]] = {}
+    for name in names:
+        digest = version if name in EMBEDDED else own_files.get(name)
+        place = cache / f"of-{digest[:16]}" if digest else cache
+        parts.setdefault(place, []).append(name)
+    labels = [shard_name(name) for name in names]
+    if doubled := {label for label in labels if labels.count(label) > 1}:
+        raise ConfigError(f"Two sources have the name {doubled.pop()}; rename a file.")
+    made: dict[str, dict[str, TokenShard]] = {split: {} for split in SPLITS}
+    for place, some in parts.items():
+        for split, shards in prepare(public, place, pieces, some, progress=report).items():
+            made[split] |= shards
+    return {
+        split: {label: shards[label] for label in labels if label in shards}
+        for split, shards in made.items()
+    }
+
+
+def make_mix(train: Mapping[str, TokenShard], sequence: int, seed: int, total: int) -> Any:
+    """The recipe's mix for a run of `total` sequences: a main phase and a final one."""
+    from tinychat.data.mix import Mix, Phase
+    from tinychat.data.recipe import FINAL, shares
+
+    sizes = {name: shard.tokens for name, shard in train.items()}
+    tokens = float(total * sequence)
+    phases = [
+        Phase(1 - FINAL, shares(sizes, tokens, final=False)),
+        Phase(1.0, shares(sizes, tokens, final=True)),
+    ]
+    return Mix(train, phases, sequence=sequence, seed=seed, total=total)
+
+
+def source_record(name: str, shard: TokenShard, passes: Mapping[str, float]) -> dict[str, Any]:
+    """What a model card must say of a source."""
+    from tinychat.data.public import sources
+
+    public = {entry.name: entry for entry in sources()}.get(name)
+    own = "CC0-1.0" if name in ("stories", "explanations", "dialogues") else "the user's"
+    return {
+        "licence": public.licence if public else own,
+        "attribution": public.attribution if public else "tinychat corpus",
+        "sha256": public.sha256 if public else shard.sha256,
+        "tokens": shard.tokens,
+        "passes": round(passes[shard.source], 3),
+    }
+
+
+def lineage_of(result: Result, *, data: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Where a checkpoint comes from."""
+    from tinychat import __version__
+    from tinychat.runtime.device import describe_hardware
+
+    return {
+        "data": dict(data),
+        "tokens": result.tokens,
+        "steps": result.steps,
+        "minutes": round(result.seconds / 60, 1),
+        "hardware": describe_hardware(),
+        "tinychat": __version__,
+        **{key: value for key, value in more.items() if value is not None},
+    }
+
+
+def write_checkpoint(
+    path: Path,
+    model: GPT,
+    stage: str,
+    pieces: Tokenizer,
+    lineage: Mapping[str, Any],
+    metrics: dict[str, Any],
+    bits_of: Callable[[GPT], float],
+) -> CheckpointInfo:
+    """Write int8 where that costs less than 0.5 % in bits per byte, else bfloat16.
+
+    `bits_of` measures a model; the cost is measured on the file itself, read back.
+    """
+    from tinychat.gpt import load_model, save_model
+
+    def save(kind: Literal["int8", "bf16"]) -> CheckpointInfo:
+        return save_model(
+            path,
+            model,
+            stage=stage,
+            tokenizer=pieces,
+            lineage=lineage,
+            metrics=metrics,
+            quantize=kind,
+        )
+
+    exact = bits_of(model)
+    kinds: tuple[Literal["int8", "bf16"], ...] = ("int8", "bf16")
+    for kind in kinds:
+        save(kind)
+        cost = 100 * (bits_of(load_model(path)[0]) / exact - 1)
+        if cost < 0.5:
+            break
+    metrics["storage_cost_percent"] = round(cost, 3)
+    return save(kind)
+
+
+def last_loss(result: Result, folder: Path) -> float | None:
+    """The loss of the last step, also when this process only finished what another had trained."""
+    from tinychat.runtime.metrics import read_metrics
+
+    if result.loss == result.loss:
+        return result.loss
+    rows = read_metrics(folder / "metrics.jsonl")
+    return rows[-1]["loss"] if rows else None
+
+
+def curve(folder: Path, points: int = 60) -> list[list[float]]:
+    """Return about `points` pairs (tokens, mean loss since the last point) of the run."""
+    from tinychat.runtime.metrics import read_metrics
+
+    rows = read_metrics(folder / "metrics.jsonl")
+    size = max(1, len(rows) // points)
+    groups = [rows[first : first + size] for first in range(0, len(rows), size)]
+    return [
+        [group[-1]["tokens"], round(sum(row["loss"] for row in group) / len(group), 4)]
+        for group in groups
+    ]
