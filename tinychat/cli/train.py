@@ -254,7 +254,7 @@ def base(
     # 5. Measure, write, show.
     model.eval()
     measure = LossFunction(model, dtype=config.dtype, compiled=False)
-    bits = {name: bits_per_byte(measure, windows(name, 8)(), token_bytes_V) for name in here}
+    bits = {name: bits_per_byte(measure, windows(name, 4)(), token_bytes_V) for name in here}
     mix = make_mix(train, config.sequence, config.seed, result.steps * config.batch * world)
     lineage = lineage_of(
         result,
@@ -270,7 +270,7 @@ def base(
 
     def stored_bits(stored: GPT) -> float:
         exact = LossFunction(stored.to(place), dtype=torch.float32, compiled=False)
-        values = [bits_per_byte(exact, windows(name, 2)(), token_bytes_V) for name in here]
+        values = [bits_per_byte(exact, windows(name, 1)(), token_bytes_V) for name in here]
         return sum(values) / len(values)
 
     info = write_checkpoint(path, model, "base", pieces, lineage, metrics, stored_bits)
