@@ -237,6 +237,48 @@ for kv_heads in (4, 2, 1):
 print("loop, stacked product and PyTorch's own agree")
 
 # %% [markdown]
+# Half of the scores lie in the future: computed, then thrown away. Cut the queries into blocks, and
+# let each block look only as far as its own last token. With 256 tokens in blocks of 64 that leaves
+# 64 + 128 + 192 + 256 columns instead of 4 · 256, so 3/8 of the work is never done; and the pieces
+# fit into the processor's cache. On two CPU cores this made the whole training step 1.17 × as fast
+# (lab notes).
+
+
+# %% tags=["export"]
+def attend_causal(
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, visible: Tensor | None = None, block: int = 64
+) -> Tensor:
+    """`attend` for causal attention, in blocks of queries that never compute the far future.
+
+    The T queries are the last of the S tokens. `visible`, `[..., T, S]`, may hide more than the
+    future, never less; None means plain causal. Returns `[B, H, T, K]`.
+    """
+    T, S = q_BHTK.shape[2], k_BHSK.shape[2]
+    if visible is None:
+        visible = causal_mask(T, S, q_BHTK.device)
+    mixed = []
+    for start in range(0, T, block):
+        stop = min(start + block, T)
+        seen = S - T + stop
+        mixed.append(
+            attend(
+                q_BHTK[:, :, start:stop],
+                k_BHSK[:, :, :seen],
+                v_BHSK[:, :, :seen],
+                visible[..., start:stop, :seen],
+            )
+        )
+    return torch.cat(mixed, dim=2)
+
+
+# %% tags=["test"]
+for length, total in ((7, 7), (8, 8), (3, 7)):
+    q, k, v = torch.randn(2, 4, length, 8), *torch.randn(2, 2, 2, total, 8)
+    mask = causal_mask(length, total)
+    blocks = attend_causal(q, k, v, block=3)
+    torch.testing.assert_close(blocks, attend(q, k, v, mask))
+
+# %% [markdown]
 # ## Remembering keys and values
 #
 # A model that writes reads one new token at a time. The keys and values of the older ones don't
@@ -362,11 +404,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(start, k, v)
         if torch.is_grad_enabled() and x_BTD.device.type == "cpu":
-            # Training on a CPU: two plain matrix products beat the fused kernel, whose backward
-            # pass took a third of the whole step (lab notes).
-            if visible is None:
-                visible = causal_mask(T, k.shape[2], x_BTD.device)
-            mixed = attend(q, k, v, visible)
+            # Training on a CPU: plain matrix products beat the fused kernel, whose backward pass
+            # took a third of the whole step (lab notes).
+            mixed = attend_causal(q, k, v, visible)
         else:
             causal = visible is None and T > 1 and start == 0
             if visible is None and T > 1 and start > 0:
@@ -378,7 +418,7 @@ class Attention(nn.Module):
 
 
 # %% [markdown]
-# There are two ways through step 5, and they give the same numbers. `attend` is ours, PyTorch's
+# There are two ways through step 5, and they give the same numbers. `attend_causal` is ours, PyTorch's
 # `scaled_dot_product_attention` is one fused kernel that never stores all scores. Which is faster
 # depends on the machine. The tests compare both; so does this cell, together with the promise that
 # matters most: change the future, and the past stays as it was.

@@ -158,8 +158,10 @@ def orthogonalize(gradients: Tensor, steps: int = 5) -> Tensor:
         x = x.mT
     x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(x.dtype)
     for _ in range(steps):
+        # x becomes 3.4445 x - 4.7750 (xx') x + 2.0315 (xx')² x; `baddbmm` multiplies and adds.
         square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        inner = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, inner, x, beta=3.4445)
     return x.mT if tall else x
 
 
