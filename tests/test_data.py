@@ -120,6 +120,20 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
+def test_unfilled_templates_are_left_out(tmp_path):
+    def talk(*turns: str) -> dict:
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]
+        return {"messages": messages, "source": "spc"}
+
+    names = ("Hi, I'm [user 1's name].", "Nice to meet you, (name)!", "I live in (a small town).")
+    kept = [talk("Hi (again)!", "Hello (I was away). What is your name?")]
+    talks = [talk(text, "Hello.") for text in names] + [talk("Hi", text) for text in names]
+    for source, expected in (("synthetic_persona_chat", 1), ("dolly_6k", 7)):
+        pack(tmp_path / f"public/sft/{source}.jsonl.zst", kept + talks)
+        assert len(list(public.read_dialogues(source, tmp_path / "public"))) == expected
+
+
 def test_the_table_is_sound():
     names = [source.name for source in TABLE]
     assert len(set(names)) == len(names) == 33

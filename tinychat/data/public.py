@@ -18,6 +18,10 @@ from tinychat.data.records import Dialogue, Document, Message
 from tinychat.data.sources import TABLE, Kind, Source
 from tinychat.runtime.errors import DataError
 
+# Templates that nobody filled in ("My name is [user 1's name]"): a model learns to say them.
+PLACEHOLDERS = {
+    "synthetic_persona_chat": re.compile(r"\[[^\]]{1,40}\]|\((?:[a-z ]*name|city|[a-z ]*town)\)"),
+}
 OWN = "a name that ends in .txt, .jsonl, .txt.zst or .jsonl.zst"
 
 
@@ -144,12 +148,18 @@ def _read_text(path: Path, most: int = 8000) -> Iterator[Document]:
 
 
 def read_dialogues(name: str, folder: Path | None = None) -> Iterator[Dialogue]:
-    """Yield the dialogues of an SFT source, or of a `.jsonl` file of your own; raises DataError."""
+    """Yield the dialogues of an SFT source, or of a `.jsonl` file of your own; raises DataError.
+
+    Dialogues with templates that nobody filled in are left out (`PLACEHOLDERS`).
+    """
     path = source_path(name, folder)
+    unfilled = PLACEHOLDERS.get(name)
     empty = True
     for where, record in parse_lines(read_lines(path), str(path)):
         dialogue = parse_dialogue(record, where, source=name, id="?")
         empty = False
+        if unfilled and any(unfilled.search(message.content) for message in dialogue.messages):
+            continue
         yield Dialogue(
             id=_id(_dialogue_key(dialogue.messages, name)),
             topic=dialogue.topic,
