@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -257,6 +258,28 @@ def test_threads(monkeypatch) -> None:
             device.set_threads(0)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_reuse_memory_keeps_freed_pages():
+    program = """
+import resource
+from tinychat.runtime.device import reuse_memory
+assert reuse_memory()
+import torch
+
+def faults(megabytes):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(megabytes * 2**18)  # float32, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults(100), faults(100), faults(50))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    first, *again = map(int, result.stdout.split())
+    # 100 MB are 25,600 small pages or 50 large ones; what was freed is taken again as it is.
+    assert first >= 50 and max(again) < 20
 
 
 def test_hardware_fits_json() -> None:

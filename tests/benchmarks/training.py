@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tinychat.data.batch import Batch
 from tinychat.gpt import GPT, GPTConfig, preset
 from tinychat.pretraining import LossFunction, TrainConfig, make_optimizers
-from tinychat.runtime.device import describe_hardware, set_threads
+from tinychat.runtime.device import describe_hardware, reuse_memory, set_threads
 
 
 class GPT2Block(nn.Module):
@@ -93,6 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     # Eager bf16 norms warn that they can't fuse; that is the peer's own cost, not a fault here.
     warnings.filterwarnings("ignore", message="Mismatch dtype")
+    reuse_memory()
     set_threads()
     config = preset(options.preset)
     shape = (options.batch, options.sequence, config.vocab_size)

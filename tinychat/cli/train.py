@@ -30,6 +30,7 @@ from tinychat.cli.runs import (
     write_checkpoint,
     write_record,
 )
+from tinychat.runtime.device import reuse_memory
 from tinychat.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def base(
 
     Example: tinychat train base --preset nano --minutes 2
     """
+    reuse_memory()
     import torch
 
     from tinychat.data import tokenizer_model
@@ -304,6 +306,7 @@ def sft(
 
     Example: tinychat train sft --from runs/base/base.safetensors --set epochs=10
     """
+    reuse_memory()
     import torch
 
     from tinychat.data import corpus
