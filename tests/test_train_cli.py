@@ -15,7 +15,8 @@ import torch
 from typer.testing import CliRunner
 
 from tinychat.cli.app import app
-from tinychat.cli.train import SAMPLE_PROMPTS, clock, override
+from tinychat.cli.progress import SAMPLE_PROMPTS, clock
+from tinychat.cli.runs import override
 from tinychat.data import tokenizer_model
 from tinychat.gpt import GPT, GPTConfig, load_model, save_model
 from tinychat.pretraining import TrainConfig
