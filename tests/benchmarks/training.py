@@ -2,21 +2,25 @@
 
     python tests/benchmarks/training.py [--preset mini] [--sequence 256] [--batch 32] [--steps 8]
 
-1. ours: `LossFunction` (torch.compile, written-out attention, chunked cross-entropy) + Muon
+1. ours: `LossFunction` (torch.compile, attention in blocks, chunked cross-entropy) + Muon,
+   and memory that is reused
 2. the same model run eagerly: autocast, torch's attention kernel and cross-entropy, AdamW
 3. a GPT-2-style model of the same width and depth, run eagerly (LayerNorm, GELU, learned
    positions, as many heads as key heads), AdamW
 
-The three take turns, so that a disturbance of the machine hits all of them. Prints tokens a
-second (median over the turns), the ratios, and one JSON line.
+Each has a process of its own, since memory settings belong to a process. They take turns, step by
+step, so that a disturbance of the machine hits all of them. Prints tokens a second (median over
+the turns), the ratios, and one JSON line.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +88,45 @@ def stepper(
     return step
 
 
+CONTENDERS = ("ours", "same model, eager", "GPT-2 style, eager")
+
+
+def make_stepper(name: str, options: argparse.Namespace) -> Callable[[], float]:
+    """One of the contenders, ready to run: ours with all that `tinychat train` does."""
+    # Eager bf16 norms warn that they can't fuse; that is the peer's own cost, not a fault here.
+    warnings.filterwarnings("ignore", message="Mismatch dtype")
+    set_threads()
+    config = preset(options.preset)
+    shape = (options.batch, options.sequence, config.vocab_size)
+    if name == "ours":
+        reuse_memory()
+        ours = GPT(config)
+        loss_function = LossFunction(ours)
+
+        def our_loss(inputs: Tensor, targets: Tensor) -> Tensor:
+            return loss_function(Batch(inputs, targets, torch.ones_like(inputs)))
+
+        return stepper(our_loss, ours, make_optimizers(ours, TrainConfig()), *shape)
+    model = GPT(config) if name == "same model, eager" else GPT2(config)
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = F.linear(model.hidden(inputs), model.embed.weight)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    adamw = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    return stepper(loss, model, [adamw], *shape)
+
+
+def serve(name: str, options: argparse.Namespace, wire: Connection) -> None:
+    """Run in a process of its own: a step for every message, answered with its seconds."""
+    step = make_stepper(name, options)
+    step(), step()  # the first ones compile and touch the memory
+    wire.send("ready")
+    while wire.recv():
+        wire.send(step())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="mini")
@@ -91,45 +134,23 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
-    # Eager bf16 norms warn that they can't fuse; that is the peer's own cost, not a fault here.
-    warnings.filterwarnings("ignore", message="Mismatch dtype")
-    reuse_memory()
-    set_threads()
     config = preset(options.preset)
-    shape = (options.batch, options.sequence, config.vocab_size)
-
-    ours = GPT(config)
-    loss_function = LossFunction(ours)
-
-    def our_loss(inputs: Tensor, targets: Tensor) -> Tensor:
-        return loss_function(Batch(inputs, targets, torch.ones_like(inputs)))
-
-    def eager_loss(model: GPT | GPT2) -> Callable[[Tensor, Tensor], Tensor]:
-        def loss(inputs: Tensor, targets: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = F.linear(model.hidden(inputs), model.embed.weight)
-            return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-        return loss
-
-    def adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
-        return [torch.optim.AdamW(model.parameters(), 1e-3, fused=True)]
-
-    same, peer = GPT(config), GPT2(config)
-    peers = {
-        "ours": stepper(our_loss, ours, make_optimizers(ours, TrainConfig()), *shape),
-        "same model, eager": stepper(eager_loss(same), same, adamw(same), *shape),
-        "GPT-2 style, eager": stepper(eager_loss(peer), peer, adamw(peer), *shape),
-    }
-    for step in peers.values():
-        step(), step()
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
+    context = multiprocessing.get_context("spawn")
+    wires: dict[str, Connection] = {}
+    for name in CONTENDERS:
+        wires[name], other = context.Pipe()
+        context.Process(target=serve, args=(name, options, other), daemon=True).start()
+        assert wires[name].recv() == "ready"
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for _ in range(options.steps):
-        for name, step in peers.items():
-            seconds[name].append(step())
+        for name, wire in wires.items():
+            wire.send(True)
+            seconds[name].append(wire.recv())
+    for wire in wires.values():
+        wire.send(False)
     tokens = options.batch * options.sequence
     rate = {name: tokens / statistics.median(times) for name, times in seconds.items()}
-    size = sum(weight.numel() for weight in peer.parameters())
+    size = sum(weight.numel() for weight in GPT2(config).parameters())
     print(f"{options.preset}: {config.parameters:,} parameters; the GPT-2 style one has {size:,}")
     for name, value in rate.items():
         print(f"{name:22} {value:8,.0f} tokens/s   ours is {rate['ours'] / value:.2f} x")
