@@ -331,8 +331,8 @@ class SFTConfig:
     "largest norm of the whole gradient"
     seed: int = 0
     "decides the order of the conversations"
-    precision: str = "bf16"
-    "bf16 or fp32 matrix products"
+    precision: str = "auto"
+    "bf16 or fp32 matrix products; auto takes bf16 where the machine computes it fast"
     compiled: bool = True
     "use torch.compile where a C++ compiler is installed"
     save_minutes: float = 3.0

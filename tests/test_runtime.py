@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinychat.pretraining import TrainConfig
 from tinychat.runtime import device
 from tinychat.runtime.errors import CheckpointError, ConfigError, DataError
 from tinychat.runtime.metrics import MetricsWriter, read_metrics
@@ -258,6 +259,24 @@ def test_threads(monkeypatch) -> None:
             device.set_threads(0)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [(["avx2", "avx512f"], False), (["avx512_bf16"], True), (["amx_bf16"], True), ([], False)],
+)
+def test_fast_bf16_needs_the_instructions(monkeypatch, flags, fast):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(device, "_cpu", lambda: ("a processor", flags))
+    device.has_fast_bf16.cache_clear()
+    try:
+        assert device.has_fast_bf16() is fast
+        expected = torch.bfloat16 if fast else torch.float32
+        assert TrainConfig().dtype == expected
+        assert TrainConfig(precision="bf16").dtype == torch.bfloat16
+    finally:
+        device.has_fast_bf16.cache_clear()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")

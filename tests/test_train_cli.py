@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tinychat.cli.app import app
 from tinychat.cli.progress import SAMPLE_PROMPTS, clock
-from tinychat.cli.runs import override
+from tinychat.cli.runs import override, settings_of
 from tinychat.data import tokenizer_model
 from tinychat.gpt import GPT, GPTConfig, load_model, save_model
 from tinychat.pretraining import TrainConfig
@@ -163,6 +163,17 @@ def test_a_finished_base(trained, here):
     longer = run("base", "--resume", "--set", "steps=3")
     assert longer.exit_code == 0, longer.output
     assert read_info("runs/base/base.safetensors").lineage["steps"] == 3
+    # The next resumption knows of it. Another size can't go on with these weights.
+    assert json.loads(Path("runs/base/run.json").read_text())["set"][-1] == "steps=3"
+    assert "runs/base holds a nano model; leave --preset mini out" in told(
+        run("base", "--resume", "--preset", "mini")
+    )
+
+
+def test_minutes_undo_a_number_of_steps():
+    record = {"set": ["batch=2", "steps=5", "epochs=3"]}
+    assert settings_of(record, None, None) == record["set"]
+    assert settings_of(record, ["seed=1"], 2.0) == ["batch=2", "seed=1"]
 
 
 def test_killed_before_its_checkpoint_was_written(trained, here):
@@ -283,7 +294,7 @@ def test_train_tokenizer(here):
         ([*"base --minutes 1 --set batch=0".split()], "batch is 0; it must be at least 1"),
         ([*"base --minutes 1 --set compiled=maybe".split()], "compiled must be true or false"),
         ([*"base --minutes 1 --set matrix_lr=inf".split()], "matrix_lr must be a number"),
-        ([*"base --minutes 1 --set precision=fp8".split()], "choose bf16 or fp32"),
+        ([*"base --minutes 1 --set precision=fp8".split()], "choose auto, bf16 or fp32"),
         ([*"base --minutes 1 --run ../up".split()], "'../up' can't name a folder in runs"),
         ([*"base --minutes 1 --run ..".split()], "'..' can't name a folder in runs"),
         ([*"base --minutes 1 --run a/b".split()], "'a/b' can't name a folder in runs"),

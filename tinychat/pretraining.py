@@ -8,6 +8,7 @@ then run `python -m tinychat.book export`.
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from tinychat.data.batch import Batch
 from tinychat.gpt import GPT, preset
-from tinychat.runtime.device import has_compiler
+from tinychat.runtime.device import has_compiler, has_fast_bf16
 from tinychat.runtime.errors import ConfigError, DataError, TinychatError
 from tinychat.runtime.metrics import MetricsWriter
 from tinychat.runtime.state import load_state, save_state
@@ -223,8 +224,8 @@ class TrainConfig:
     "largest norm of the whole gradient"
     seed: int = 0
     "decides initial weights and the order of the data"
-    precision: str = "bf16"
-    "bf16 or fp32 matrix products"
+    precision: str = "auto"
+    "bf16 or fp32 matrix products; auto takes bf16 where the machine computes it fast"
     compiled: bool = True
     "use torch.compile where a C++ compiler is installed"
     save_minutes: float = 3.0
@@ -243,12 +244,13 @@ class TrainConfig:
             for name in names:
                 if not low <= getattr(self, name) <= high:
                     raise ConfigError(f"{name} is {getattr(self, name)}; it must be {wanted}.")
-        if self.precision not in ("bf16", "fp32"):
-            raise ConfigError(f"precision is {self.precision!r}; choose bf16 or fp32.")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise ConfigError(f"precision is {self.precision!r}; choose auto, bf16 or fp32.")
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        short = has_fast_bf16() if self.precision == "auto" else self.precision == "bf16"
+        return torch.bfloat16 if short else torch.float32
 
 
 def train_preset(name: str) -> TrainConfig:
@@ -507,6 +509,7 @@ def pretrain(
             budget_steps = scalars["steps"]
     budget = Budget(minutes, budget_steps)
     first_step, last_save = step, time.monotonic()
+    recent: deque[float] = deque(maxlen=50)
 
     def stream() -> Iterator[Batch]:
         return batches_from(step * config.accumulate, budget.steps * config.accumulate)
@@ -553,8 +556,9 @@ def pretrain(
             if writer is not None:
                 writer.write(row)
             # The first steps of a process compile, so they tell nothing about the time left.
+            recent.append(seconds)
             settled = budget.known and step - first_step > 3
-            left = (budget.steps - step) * seconds if settled else math.nan
+            left = (budget.steps - step) * float(np.median(recent)) if settled else math.nan
             on_step(Progress(step, budget.steps, loss, tokens, read / seconds, left, bits))
             # 4. Stop when asked to, know the budget, save.
             stopped = largest(should_stop(), model.device) > 0

@@ -120,6 +120,25 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
         ) from None
 
 
+def update_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Remember the settings that a resumed run goes on with, so that the next one does too."""
+    from tinychat.runtime.files import write_atomic
+
+    write_atomic(folder / "run.json", [(json.dumps(record, indent=2) + "\n").encode()])
+
+
+def settings_of(
+    record: Mapping[str, Any], new: list[str] | None, minutes: float | None
+) -> list[str]:
+    """The run's own settings, then the new ones; new minutes undo old steps and epochs."""
+    old = [
+        setting
+        for setting in record.get("set", [])
+        if minutes is None or setting.partition("=")[0] not in ("steps", "epochs")
+    ]
+    return [*old, *(new or [])]
+
+
 def find_checkpoint(name: str) -> Path:
     from tinychat.runtime.checkpoint import find
 

@@ -26,7 +26,9 @@ from tinychat.cli.runs import (
     override,
     read_record,
     run_folder,
+    settings_of,
     source_record,
+    update_record,
     write_checkpoint,
     write_record,
 )
@@ -106,8 +108,9 @@ def tokenizer(
 @train_app.command()
 def base(
     preset: Annotated[
-        str, typer.Option(metavar="NAME", help="Size: nano, mini, small or medium.")
-    ] = "mini",
+        str | None,
+        typer.Option(metavar="NAME", help="Size: nano, mini (the default), small or medium."),
+    ] = None,
     minutes: Minutes = None,
     data: Data = None,
     resume: Resume = False,
@@ -153,8 +156,16 @@ def base(
     # 1. Everything that can be wrong is found before the first minute is spent.
     check_minutes(minutes, resume)
     folder = run_folder(run, resume)
-    record: dict[str, Any] = read_record(folder, "preset") if resume else {"preset": preset}
-    config = override(train_preset(record["preset"]), [*record.get("set", []), *(settings or [])])
+    record: dict[str, Any] = (
+        read_record(folder, "preset") if resume else {"preset": preset or "mini"}
+    )
+    if preset not in (None, record["preset"]):
+        raise ConfigError(
+            f"{folder} holds a {record['preset']} model; leave --preset {preset} out, "
+            "or start another run with --run NAME."
+        )
+    chosen = settings_of(record, settings, minutes)
+    config = override(train_preset(record["preset"]), chosen)
     path = folder / "base.safetensors"
     if resume and minutes is None and not settings and is_written(path):
         print(f"{path} is finished already; give --minutes to train it longer.")
@@ -205,7 +216,7 @@ def base(
             folder,
             {
                 "preset": record["preset"],
-                "set": settings or [],
+                "set": chosen,
                 "minutes": minutes,
                 "from": start,
                 "data": str(data) if data else None,
@@ -214,6 +225,8 @@ def base(
                 "sha256": own_files,
             },
         )
+    elif settings and rank == 0:
+        update_record(folder, record | {"set": chosen})
 
     def batches_from(micro_step: int, micro_steps: int) -> Iterator[Batch]:
         size = config.batch * world
@@ -327,7 +340,8 @@ def sft(
     record: dict[str, Any] = (
         read_record(folder, "from") if resume else {"from": str(find_checkpoint(start))}
     )
-    config = override(SFTConfig(), [*record.get("set", []), *(settings or [])])
+    chosen = settings_of(record, settings, minutes)
+    config = override(SFTConfig(), chosen)
     path = folder / "sft.safetensors"
     if resume and minutes is None and not settings and is_written(path):
         print(f"{path} is finished already; give --minutes or --set epochs=N to train it longer.")
@@ -362,11 +376,13 @@ def sft(
             folder,
             {
                 "from": record["from"],
-                "set": settings or [],
+                "set": chosen,
                 "minutes": minutes,
                 "data": files,
             },
         )
+    elif settings:
+        update_record(folder, record | {"set": chosen})
     held_out = PackedConversations(rendered["validation"], config, pieces.pad_id)
     rows = held_out.rows(0)
 

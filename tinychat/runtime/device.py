@@ -111,6 +111,18 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in names) and headers.is_file()
 
 
+@functools.cache
+def has_fast_bf16() -> bool:
+    """Whether bfloat16 products are faster here than float32 ones; elsewhere they're emulated."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_cpu()[1])
+
+
 def describe_hardware() -> dict[str, Any]:
     """This machine in JSON types: cpu, flags, cores, memory_gb, gpus, system, python, torch."""
     import torch
