@@ -214,6 +214,15 @@ def test_import_law_allows_data_runtime_libraries_and_earlier_chapters(book):
     assert check(book) == []
 
 
+def test_a_chapter_that_exports_nothing_may_use_every_module(book):
+    tour = "# %% [markdown]\n# # Tour\n#\n# Look.\n\n# %%\n"
+    write(book, "00_tour.py", f"{tour}from tinychat.beta import twice\n")
+    assert check(book) == []
+    write(book, "00_tour.py", f"{tour}from tinychat.cli.app import main\n")
+    (problem,) = check(book)
+    assert "not tinychat.cli.app" in problem
+
+
 def test_only_the_first_exported_cell_imports(book):
     late = '\n\n# %% tags=["export"]\ndef late():\n    import json\n    return json\n'
     write(book, "02_beta.py", BETA + late)
