@@ -8,7 +8,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -162,6 +163,21 @@ def join_processes() -> tuple[int, int]:
 
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return dist.get_rank(), dist.get_world_size()
+
+
+@contextmanager
+def first_alone(rank: int, world: int) -> Iterator[None]:
+    """Under torchrun the first process does the work alone; the others then find it done."""
+    if world < 2:
+        yield
+        return
+    import torch.distributed as dist
+
+    if rank:
+        dist.barrier()
+    yield
+    if not rank:
+        dist.barrier()
 
 
 def make_shards(

@@ -17,6 +17,7 @@ from tinychat.cli.runs import (
     check_sequence,
     curve,
     find_checkpoint,
+    first_alone,
     is_written,
     join_processes,
     last_loss,
@@ -195,7 +196,7 @@ def base(
 
     # 2. Text becomes token shards, once for each tokenizer.
     names = [*default_sources(public), *own_files]
-    with shards_progress(enabled=rank == 0) as report:
+    with shards_progress(enabled=rank == 0) as report, first_alone(rank, world):
         shards = make_shards(public, pieces, names, own_files, report)
     train = shards["train"]
 
