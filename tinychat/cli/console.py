@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
@@ -18,34 +18,61 @@ def printable(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
+Render = Literal["auto", "markdown", "plain"]
+"""How replies look on a terminal. auto: Markdown, except where it cannot be redrawn."""
+
+
+class Writer(Protocol):
+    """Draws one reply."""
+
+    def push(self, text: str) -> None: ...
+
+    def finish(self) -> None:
+        """Write what was held back, and end the line."""
+        ...
+
+
 class Screen:
     """A terminal; or, when `interactive` is False, replies on standard output and nothing else."""
 
-    def __init__(self, interactive: bool) -> None:
+    def __init__(self, interactive: bool, render: Render = "auto") -> None:
         self.interactive = interactive
+        self.render = render
         self.out = Console(highlight=False)
         self.aside = self.out if interactive else Console(stderr=True, highlight=False)
 
     def reply(self, pieces: Iterator[str]) -> None:
-        """Write a reply as it comes, wrapped between words on a terminal; end its line always."""
-        wrap = WordWrap(lambda: self.out.width if self.interactive else None)
+        """Write a reply as it comes; end its line however the reply ends.
+
+        Where people read, lines break between words, and Markdown is drawn. Elsewhere the text
+        comes out as the model wrote it.
+        """
+        writer = self._writer()
         begun = False
         try:
             for piece in pieces:
                 text = printable(piece) if begun else printable(piece).lstrip()
                 begun = begun or bool(text)
-                self._write(wrap.push(text))
+                if text:
+                    writer.push(text)
         except BaseException:
             if begun:
-                self._write(wrap.flush() + "\n")
+                writer.finish()
             raise
         if begun or not self.interactive:
-            self._write(wrap.flush() + "\n")
+            writer.finish()
 
-    def _write(self, text: str) -> None:
-        if text:
-            self.out.file.write(text)
-            self.out.file.flush()
+    def _writer(self) -> Writer:
+        # A terminal that cannot move its cursor gets each block when it is finished.
+        moves = self.interactive and not self.out.is_dumb_terminal and not self.out.legacy_windows
+        markdown = self.render == "markdown" or (
+            self.render == "auto" and moves and self.out.is_terminal
+        )
+        if self.interactive and markdown:
+            from tinychat.cli.live import LiveMarkdown  # Rich's Markdown takes a while to import
+
+            return LiveMarkdown(self.out, live=moves)
+        return PlainText(self.out, wrapped=self.interactive)
 
     def note(self, text: str) -> None:
         """A remark of the program, not of the model."""
@@ -66,6 +93,25 @@ class Screen:
     def waiting(self, text: str) -> Any:
         """A context manager that shows a spinner (nothing where there is no terminal)."""
         return self.aside.status(Text(text, style="dim"))
+
+
+class PlainText:
+    """The text itself, at once; `wrapped` breaks it between words."""
+
+    def __init__(self, console: Console, wrapped: bool) -> None:
+        self._file = console.file
+        self._wrap = WordWrap(lambda: console.width if wrapped else None)
+
+    def push(self, text: str) -> None:
+        self._write(self._wrap.push(text))
+
+    def finish(self) -> None:
+        self._write(self._wrap.flush() + "\n")
+
+    def _write(self, text: str) -> None:
+        if text:
+            self._file.write(text)
+            self._file.flush()
 
 
 class WordWrap:

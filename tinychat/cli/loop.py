@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,12 @@ from tinychat.cli.reading import Reader
 from tinychat.runtime.errors import TinychatError
 
 if TYPE_CHECKING:
+    from tinychat.cli.saved import Journal
     from tinychat.cli.session import ChatSession
 
 NOTES = {
     "loop": "stopped, because the reply was repeating itself",
-    "length": "cut at the longest reply allowed; /set max_tokens N changes that",
+    "length": "cut at the longest reply allowed; /continue goes on, /set max_tokens N allows more",
     "stopped": "stopped",
 }
 
@@ -29,6 +31,11 @@ class Chat:
         self.reader = reader
         self.screen = screen
         self.leaving = False
+        self.journal: Journal | None = None
+        self.prefill = ""
+        """stands on the next line to begin with, for the user to edit"""
+        self.on_turn: Callable[[], None] = lambda: None
+        """called whenever a turn has entered the conversation"""
         self._commands = Commands(self)
         self._interrupts = 0
         self._told_dropped = False
@@ -47,8 +54,9 @@ class Chat:
         while not self.leaving:
             if self.loading.error is not None:
                 raise self.loading.error
+            prefill, self.prefill = self.prefill, ""
             try:
-                line = self.reader.read().strip()
+                line = self.reader.read(prefill).strip()
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -57,18 +65,29 @@ class Chat:
             self._interrupts = 0
             if not line:
                 continue
-            if line.startswith("/") and not line.startswith("//"):
-                self._commands.run(line)
-            else:  # two slashes: a message that begins with one
-                self.answer(line[1:] if line.startswith("//") else line)
+            try:
+                self._obey(line)
+            except KeyboardInterrupt:
+                if not self.reader.interactive:
+                    raise
+                self.screen.note(NOTES["stopped"])
             if not self.leaving:
                 self.screen.space()
 
+    def _obey(self, line: str) -> None:
+        if line.startswith("/") and not line.startswith("//"):
+            self._commands.run(line)
+        else:  # two slashes: a message that begins with one
+            self.answer(line[1:] if line.startswith("//") else line)
+
     def answer(self, text: str | None) -> None:
         """Draw the reply to a message, or for None another reply to the last one."""
+        self.draw(lambda session: session.retry() if text is None else session.reply(text))
+
+    def draw(self, begin: Callable[[ChatSession], Generator[str, None, None]]) -> None:
+        """Draw the reply that `begin` starts, and say how it ended."""
         try:
-            session = self.session
-            with closing(session.retry() if text is None else session.reply(text)) as pieces:
+            with closing(begin(self.session)) as pieces:
                 self.screen.reply(pieces)
         except KeyboardInterrupt:
             if not self.reader.interactive:
@@ -78,8 +97,12 @@ class Chat:
             if error is self.loading.error:
                 raise
             self.screen.complain(str(error))
+            return
         else:
             self._report()
+        last = None if self.loading.running else self.session.last
+        if last is not None and last.text.strip():
+            self.on_turn()
 
     def _report(self) -> None:
         """Say how the reply ended, where that is not plain to see."""

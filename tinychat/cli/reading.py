@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from tinychat.runtime.errors import DataError
@@ -15,11 +16,17 @@ if TYPE_CHECKING:
     from tinychat.cli.loading import Loading
 
 
+QUOTES = '"""'
+
+
 class Reader(Protocol):
     interactive: bool
 
-    def read(self) -> str:
-        """The next line. Raises EOFError at the end and KeyboardInterrupt for Ctrl-C."""
+    def read(self, default: str = "") -> str:
+        """The next message, `default` on the line to begin with.
+
+        Raises EOFError at the end and KeyboardInterrupt for Ctrl-C.
+        """
         ...
 
     @property
@@ -33,19 +40,50 @@ class TerminalReader:
 
     interactive = True
 
-    def __init__(self, loading: Loading) -> None:
+    def __init__(
+        self,
+        loading: Loading,
+        completions: Callable[[str], list[str]] | None = None,
+        history: Path | None = None,
+    ) -> None:
+        """`completions` gets a line that begins a command, up to the cursor, and returns words
+        that could stand at its end. Without `history`, lines are remembered for this chat only.
+        """
         from prompt_toolkit import PromptSession
+        from prompt_toolkit.application import create_app_session
+        from prompt_toolkit.output.plain_text import PlainTextOutput
+        from prompt_toolkit.utils import is_dumb_terminal
+
+        from tinychat.cli.editing import History, SlashCompleter, key_bindings
 
         self._loading = loading
-        self._prompt: PromptSession[str] = PromptSession(
-            [("bold", "> ")], rprompt=self._progress, enable_history_search=True
-        )
+        self._dumb = is_dumb_terminal()
+        # Without this, it would send a dumb terminal some escape sequences after all.
+        with create_app_session(output=PlainTextOutput(sys.stdout) if self._dumb else None):
+            self._prompt: PromptSession[str] = PromptSession(
+                [("bold", "> ")],
+                rprompt=self._progress,
+                multiline=True,
+                prompt_continuation=[("fg:ansibrightblack", ". ")],
+                key_bindings=key_bindings(),
+                completer=SlashCompleter(completions or (lambda line: [])),
+                complete_while_typing=False,
+                history=History(history) if history is not None else None,
+                enable_history_search=True,
+                search_ignore_case=True,
+                enable_open_in_editor=True,
+                tempfile_suffix=".md",
+            )
         self._app = self._prompt.app
         self._app.after_render += lambda _: loading.start()
         loading.on_end = self._wake
 
-    def read(self) -> str:
-        return self._prompt.prompt()
+    def read(self, default: str = "") -> str:
+        if self._dumb:  # prompt_toolkit draws nothing there, and nothing starts the model
+            self._loading.start()
+        text = self._prompt.prompt(default=default)
+        # Letters that the locale cannot decode arrive byte by byte; terminals send UTF-8.
+        return unquoted(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
 
     @property
     def unsent(self) -> str:
@@ -96,11 +134,30 @@ class PipeReader:
     interactive = False
     unsent = ""
 
-    def read(self) -> str:
-        line = sys.stdin.buffer.readline()
-        if not line:
+    def read(self, default: str = "") -> str:
+        text = as_text(sys.stdin.buffer.readline())
+        if not text:
             raise EOFError
-        return as_text(line)
+        while is_open(text) and (line := as_text(sys.stdin.buffer.readline())):
+            text += line
+        return unquoted(text)
+
+
+def is_open(text: str) -> bool:
+    """Triple quotes have begun, and not ended yet: the message goes on in the next line."""
+    text = text.lstrip()
+    return text.startswith(QUOTES) and QUOTES not in text[len(QUOTES) :]
+
+
+def unquoted(text: str) -> str:
+    """The message inside triple quotes, which is never a command; other text as it is."""
+    if not text.lstrip().startswith(QUOTES):
+        return text
+    inside, _, rest = text.lstrip()[len(QUOTES) :].partition(QUOTES)
+    if rest.strip():
+        return text
+    inside = inside.strip()
+    return f"/{inside}" if inside.startswith("/") else inside  # the loop takes one slash away
 
 
 def as_text(data: bytes) -> str:
