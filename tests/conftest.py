@@ -11,6 +11,9 @@ from tinychat.book.where import where
 ROOT = Path(__file__).resolve().parents[1]
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are drawn, never shown
+# No test reads the settings of whoever runs it, or writes into their home.
+os.environ["TINYCHAT_CONFIG"] = os.devnull
+os.environ["TINYCHAT_SAVE"] = "0"
 
 
 def edit_here(excinfo: pytest.ExceptionInfo[BaseException], root: Path = ROOT) -> str | None:

@@ -1,6 +1,7 @@
 """The conversation, its loop, and what the loop draws; fakes instead of weights."""
 
-import re
+import io
+import stat
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,14 @@ import torch
 from fakes import ByteTokenizer, ScriptedGPT, UniformGPT
 from hypothesis import given
 from hypothesis import strategies as st
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
 from rich.cells import cell_len
 
 from tinychat.cli.console import Screen, WordWrap, printable
+from tinychat.cli.editing import History, SlashCompleter
 from tinychat.cli.loop import Chat
+from tinychat.cli.reading import PipeReader, is_open, unquoted
 from tinychat.cli.session import ChatSession, loop_length
 from tinychat.generation import Sampling
 from tinychat.gpt import GPT, GPTConfig
@@ -226,8 +231,10 @@ class FakeReader:
 
     def __init__(self, *lines, interactive=True):
         self.lines, self.interactive, self.unsent = list(lines), interactive, ""
+        self.defaults = []
 
-    def read(self):
+    def read(self, default=""):
+        self.defaults.append(default)
         if not self.lines:
             raise EOFError
         line = self.lines.pop(0)
@@ -281,37 +288,6 @@ def test_markup_and_escapes_of_the_model_are_shown_not_obeyed(capsys):
     assert out == "[red]no[/red] [31mno :smile:\n\n"
 
 
-def test_commands(capsys, tmp_path):
-    file = tmp_path / "my chat.md"
-    out = transcript(
-        capsys, ["One.", "Two."],
-        "/retry", "/stats", "hi", "/retry", "/system be kind", "/set temprature 1",
-        "/set temperature hot", "/set top-p 7", "/set top_p=0.5", "/set", "/undo", "/undo",
-        "hi", "/stats", "/show", f"/save {file}", f"/save {file}", "/save", "/hlep", "/xyzzy",
-        "/clear", f"/save {file}x", "//slash", "/help", "/model",
-    )  # fmt: skip
-    assert "There is nothing to answer again yet" in out
-    assert "There is no reply to measure yet" in out
-    assert "temperature is 0, so the reply will be the same" in out
-    assert "(system message: be kind)" in out
-    assert "There is no setting 'temprature'. Did you mean temperature?" in out
-    assert "temperature is 'hot'; it must be a number." in out
-    assert "top_p is 7.0; it must be above 0 and at most 1" in out
-    assert "(top_p is 0.5)" in out
-    assert "(forgotten: hi)" in out and "(nothing to undo)" in out
-    assert re.search(r"first token +after \d+ ms", out)
-    assert re.search(r"top_p +0\.5 *\n", out) and re.search(r"system +be kind *\n", out)
-    assert "exists already; choose another name" in " ".join(out.split())
-    assert "Give the file a name" in out
-    assert "There is no command /hlep. Did you mean /help?" in out
-    assert "There is no command /xyzzy. /help lists the commands." in out
-    assert "There is nothing to save yet" in out
-    assert "/retry" in out and "another reply to the last message" in out
-    assert "rlhf.safetensors (rlhf, 13.9 M parameters)" in out
-    saved = file.read_text(encoding="utf-8")
-    assert saved.endswith("**System:** be kind\n\n**You:** hi\n\n**tinychat:** One.\n")
-
-
 def test_a_message_that_cannot_fit_is_a_note_and_the_chat_goes_on(capsys):
     out = transcript(capsys, ["ok"], "x" * 300, "hi")
     assert "tokens long" in out and out.endswith("ok\n\n")
@@ -359,6 +335,106 @@ def test_a_model_that_fails_to_load_ends_the_chat():
     loading = FakeLoading(None, CheckpointError("rlhf.safetensors is damaged."))
     with pytest.raises(CheckpointError, match="damaged"):
         Chat(loading, FakeReader("hi"), Screen(interactive=True)).run()
+
+
+def test_a_line_to_edit_is_offered_once(capsys):
+    reader = FakeReader("hi", "you")
+    chat = Chat(FakeLoading(session(ScriptedGPT(["ok"]))), reader, Screen(interactive=True))
+    chat.prefill = "hello"
+    chat.run()
+    assert reader.defaults == ["hello", "", ""]
+
+
+def test_every_turn_that_is_kept_is_announced(capsys):
+    class Interrupted(ScriptedGPT):
+        def scores(self, ids):
+            if ids[-4:] == ByteTokenizer().encode("four"):
+                raise KeyboardInterrupt
+            return super().scores(ids)
+
+    talk = session(Interrupted(["ok", "three four five", " "]))
+    reader = FakeReader("hi", "x" * 300, "you", "nothing is said to this")
+    chat = Chat(FakeLoading(talk), reader, Screen(interactive=True))
+    heard = []
+    chat.on_turn = lambda: heard.append(turns(talk)[-1])
+    chat.run()
+    assert heard == [("assistant", "ok"), ("assistant", "three four")]
+
+
+def test_ctrl_c_during_a_command_stops_only_that(capsys):
+    chat = session(ScriptedGPT(["ok"]))
+
+    def undo():
+        raise KeyboardInterrupt
+
+    chat.undo = undo
+    Chat(FakeLoading(chat), FakeReader("/undo", "hi"), Screen(interactive=True)).run()
+    assert capsys.readouterr().out == "(stopped)\n\nok\n\n"
+    with pytest.raises(KeyboardInterrupt):
+        pipe = FakeReader("/undo", "hi", interactive=False)
+        Chat(FakeLoading(chat), pipe, Screen(interactive=False)).run()
+
+
+# What comes in
+
+
+@pytest.mark.parametrize(
+    ("typed", "open", "message"),
+    [
+        ("hi", False, "hi"),
+        ('"""', True, ""),
+        ('"""a\nb', True, "a\nb"),
+        ('"""a\nb\n"""', False, "a\nb"),
+        (' """/help""" ', False, "//help"),  # the loop takes one slash away: never a command
+        ('a """b""" c', False, 'a """b""" c'),
+        ('"""a""" is not "b"', False, '"""a""" is not "b"'),
+        ('""', False, '""'),
+    ],
+)
+def test_triple_quotes(typed, open, message):
+    assert is_open(typed) == open
+    assert unquoted(typed) == message
+
+
+def test_a_pipe_reads_quotes_over_several_lines(monkeypatch):
+    data = b'\xef\xbb\xbfhi\n"""one\n\ntwo"""\n"""to the end\n'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    reader = PipeReader()
+    assert [reader.read(), reader.read(), reader.read()] == ["hi\n", "one\n\ntwo", "to the end"]
+    with pytest.raises(EOFError):
+        reader.read()
+
+
+def test_history_is_private_and_its_loss_is_silent(tmp_path):
+    path = tmp_path / "new" / "folder" / "history"
+    History(path).append_string("one\ntwo")
+    assert list(History(path).load_history_strings()) == ["one\ntwo"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    nowhere = History(path / "below a file")
+    nowhere.append_string("kept for this chat")
+    assert nowhere.get_strings() == ["kept for this chat"]
+    assert nowhere.load_history_strings() == []
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("/s", ["/set", "/show"]),
+        ("/sh", ["/show "]),
+        ("/set x", []),
+        ("/set t", ["top_k", "top_p"]),
+        ("/set ", ["seed", "top_k", "top_p"]),
+        ("s", []),
+        ("//s", []),
+        ("/system a\n/s", []),
+    ],
+)
+def test_completion(line, completed):
+    def words(line):
+        return ["seed", "top_k", "top_p"] if " " in line else ["/set", "/show"]
+
+    found = SlashCompleter(words).get_completions(Document(line), CompleteEvent())
+    assert [completion.text for completion in found] == completed
 
 
 # What is drawn

@@ -1,12 +1,12 @@
 """The `tinychat` command from outside: answers, tables, mistakes, pipes, and a real terminal."""
 
 import dataclasses
-import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 
 from tinychat import __version__
 from tinychat.cli import loading
-from tinychat.cli.app import app, chat
-from tinychat.cli.info import duration, size
+from tinychat.cli.app import app
+from tinychat.cli.info import date, duration, origin, score, size
 from tinychat.cli.session import ChatSession
 from tinychat.data import tokenizer_model
 from tinychat.generation import Sampling
 from tinychat.gpt import GPT, GPTConfig, save_model
 from tinychat.runtime import search
+from tinychat.runtime.checkpoint import read_info
 from tinychat.tokenizer import Tokenizer
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
@@ -155,12 +156,6 @@ def test_interrupt_is_130(scripted, monkeypatch):
     assert run("ask", "hi").exit_code == 130
 
 
-def test_flags_default_to_what_the_generation_chapter_says():
-    flags = inspect.signature(chat).parameters
-    for field in dataclasses.fields(Sampling):
-        assert flags[field.name].default == field.default, field.name
-
-
 # Mistakes
 
 
@@ -221,7 +216,41 @@ def test_info_json(here):
 def test_models(here):
     out = run("models").stdout
     assert "sft" in out and "reward" in out
-    assert {row["name"] for row in json.loads(run("models", "--json").stdout)} == {"sft", "reward"}
+    rows = {row["name"]: row for row in json.loads(run("models", "--json").stdout)}
+    assert set(rows) == {"sft", "reward"}
+    today = time.strftime("%Y-%m-%d", time.localtime((here / "sft.safetensors").stat().st_mtime))
+    assert rows["sft"]["date"] == today and rows["sft"]["score"] == 1.5
+    assert today in out and "loss 1.500" in out and "local" in out
+    assert rows["sft"]["from"] == "local"
+
+
+def test_where_models_come_from(monkeypatch, tmp_path):
+    monkeypatch.setattr("platformdirs.user_data_dir", lambda _: str(tmp_path))
+    assert origin(tmp_path / "checkpoints" / "x.safetensors") == "yours"
+    assert origin(Path("x.safetensors")) == "local"
+    assert origin(Path(__file__).parents[1] / "checkpoints" / "sft.safetensors") == "shipped"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "number", "text"),
+    [
+        ({}, None, ""),
+        ({"loss": 2, "bits_per_byte": {"a": 1.0, "b": 2.0}}, 1.5, "1.500 bits/byte, 2 texts"),
+        ({"bits_per_byte": {"unseen replies": 1.25}}, 1.25, "1.250 bits/byte, unseen replies"),
+        ({"accuracy": 0.715, "loss": 0.5}, 0.715, "71.5% of pairs"),
+        ({"loss": 2.5}, 2.5, "loss 2.500"),
+        ({"bits_per_byte": {}}, None, ""),
+    ],
+)
+def test_scores(here, metrics, number, text):
+    info = dataclasses.replace(read_info(here / "sft.safetensors"), metrics=metrics)
+    assert score(info) == (number, text)
+
+
+def test_a_date_in_the_metadata_comes_first(here):
+    info = read_info(here / "sft.safetensors")
+    dated = dataclasses.replace(info, lineage={"date": "2026-11-21T10:00:00Z"})
+    assert date(dated) == "2026-11-21"
 
 
 def test_models_names_damaged_files(monkeypatch, tmp_path):
@@ -243,7 +272,8 @@ def test_numbers_for_people():
 
 def test_version_and_help():
     assert run("--version").stdout == f"tinychat {__version__}\n"
-    for words in ([], ["chat"], ["ask"], ["info"], ["models"], ["data"]):
+    names = "chat ask compare chats config info models data".split()
+    for words in ([], *([name] for name in names)):
         result = run(*words, "--help")
         assert result.exit_code == 0 and "Usage" in result.stdout
 
@@ -251,7 +281,13 @@ def test_version_and_help():
 # The real program
 
 
-@pytest.mark.parametrize("words", [["--help"], ["info", "sft.safetensors"], ["models"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"], ["chat", "--help"], ["compare", "--help"], ["info", "sft.safetensors"],
+        ["models"], ["config"], ["config", "path"], ["chats"],
+    ],
+)  # fmt: skip
 def test_torch_is_not_imported(shipped, words):
     script = (
         "import sys\nfrom tinychat.cli.app import app\n"
@@ -261,6 +297,39 @@ def test_torch_is_not_imported(shipped, words):
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, cwd=shipped, env=ENV, capture_output=True)
     assert result.returncode == 0, result.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("tinychat com", ["compare"]),
+        ("tinychat chat --ckpt s", ["sft", "sft.safetensors"]),
+        ("tinychat ask --ckpt ./s", ["./sft.safetensors"]),
+        ("tinychat chat --render m", ["markdown"]),
+        ("tinychat config ", ["path"]),
+    ],
+)
+def test_shell_completion(shipped, typed, offered):
+    env = {
+        **ENV,
+        "_TINYCHAT_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(len(typed.split(" ")) - 1),
+        "XDG_DATA_HOME": str(shipped / "nowhere"),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", "from tinychat.cli.app import main; main()"],
+        cwd=shipped, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.stdout.split() == offered, result.stderr
+
+
+def test_completion_is_installed(tmp_path):
+    env = {**ENV, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    result = tinychat("--install-completion", "bash", env=env)
+    assert result.returncode == 0, result.stderr
+    script = "".join(path.read_text() for path in tmp_path.rglob("*.sh"))
+    assert "complete -o" in script and "tinychat" in script
 
 
 def test_ask_with_real_weights_prints_only_the_answer(shipped):
@@ -302,7 +371,7 @@ def test_a_terminal(shipped):
     child.send("hello\r")
     child.expect(r"1m>.*\x1b\[\?25h")
     child.send("/stats\r")
-    child.expect("first token")
+    child.expect_exact("of 128 tokens")
     child.send("\x03")
     child.expect_exact("once more leaves")
     child.expect(r"1m>.*\x1b\[\?25h")  # between two prompts the key would reach nobody

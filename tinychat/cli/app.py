@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
-from math import inf
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -14,7 +12,25 @@ import typer
 from typer.core import TyperGroup
 
 from tinychat import __version__
+from tinychat.cli.config import settings
 from tinychat.cli.errors import friendly
+from tinychat.cli.flags import (
+    Ckpt,
+    Ckpts,
+    Json,
+    Load,
+    MaxTokens,
+    MinP,
+    Penalty,
+    Render,
+    Save,
+    Seed,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+    Words,
+)
 from tinychat.runtime.errors import ConfigError
 
 
@@ -40,108 +56,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Ckpt = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME|FILE",
-        help="Which checkpoint: rlhf, sft, base or a .safetensors file. "
-        "The first of these three that is there when left out.",
-    ),
-]
-
-
-def _number(
-    name: str, kind: type[int] | type[float], wanted: str, holds: Callable[[Any], bool], text: str
-) -> Any:
-    """A number option that is checked at once, before any model is loaded."""
-
-    def parse(value: str) -> int | float:
-        try:
-            number = kind(value)
-            if holds(number):
-                return number
-        except ValueError:
-            pass
-        raise ConfigError(f"{name} is {value}; it must be {wanted}.")
-
-    return typer.Option(name, metavar="N", help=text, parser=parse)
-
-
-Temperature = Annotated[
-    float,
-    _number(
-        "--temperature",
-        float,
-        "a number from 0 up",
-        lambda n: 0 <= n < inf,
-        "Below 1 bolder, above 1 wilder; 0 always takes the likeliest token.",
-    ),
-]
-TopP = Annotated[
-    float,
-    _number(
-        "--top-p",
-        float,
-        "a number above 0 and at most 1",
-        lambda n: 0 < n <= 1,
-        "Choose among the likeliest tokens that together have this probability; 1 is off.",
-    ),
-]
-TopK = Annotated[
-    int,
-    _number(
-        "--top-k",
-        int,
-        "a whole number from 0 up",
-        lambda n: n >= 0,
-        "Choose among the N likeliest tokens; 0 is off.",
-    ),
-]
-MinP = Annotated[
-    float,
-    _number(
-        "--min-p",
-        float,
-        "a number from 0 to 1",
-        lambda n: 0 <= n <= 1,
-        "Drop tokens below this share of the likeliest one's probability; 0 is off.",
-    ),
-]
-Penalty = Annotated[
-    float,
-    _number(
-        "--repetition-penalty",
-        float,
-        "a number above 0",
-        lambda n: 0 < n < inf,
-        "Above 1, tokens of this reply come again less often; 1 is off.",
-    ),
-]
-Seed = Annotated[
-    int | None,
-    _number(
-        "--seed",
-        int,
-        "a whole number from 0 up",
-        lambda n: 0 <= n < 2**63,
-        "The same seed gives the same conversation. Random when left out.",
-    ),
-]
-MaxTokens = Annotated[
-    int,
-    _number(
-        "--max-tokens",
-        int,
-        "a whole number from 1 up",
-        lambda n: n >= 1,
-        "The longest reply, in tokens.",
-    ),
-]
-System = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="A system message: who the model should be.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
 def _version(wanted: bool) -> None:
@@ -169,48 +83,38 @@ def program(
 @app.command(epilog="Example: tinychat chat --ckpt sft --temperature 0.5")
 def chat(
     ckpt: Ckpt = None,
-    temperature: Temperature = 0.8,
-    top_p: TopP = 0.95,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    repetition_penalty: Penalty = 1.0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
     seed: Seed = None,
-    max_tokens: MaxTokens = 200,
+    max_tokens: MaxTokens = None,
     system: System = None,
+    render: Render = None,
+    save: Save = None,
+    newest: Annotated[
+        bool, typer.Option("--continue", help="Go on with the newest saved chat.")
+    ] = False,
+    load: Load = None,
 ) -> None:
     """Talk with the model. Ctrl-C stops a reply, Ctrl-D leaves, /help lists the commands."""
-    from tinychat.cli.commands import millions
-    from tinychat.cli.console import Screen
-    from tinychat.cli.loading import Loading, choose
-    from tinychat.cli.loop import Chat
-    from tinychat.cli.reading import PipeReader, TerminalReader, quiet_keyboard
+    from tinychat.cli.talk import talk
 
-    info = choose(ckpt)
-    loading = Loading(
-        info,
-        {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-            "max_tokens": max_tokens,
-        },
-        system,
-    )
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    screen = Screen(interactive)
-    screen.note(f"{info.path.name}: {info.stage}, {millions(info.parameters)}")
-    if info.stage == "base":
-        screen.note("a base model goes on with text; it was not taught to answer")
-    if not interactive:
-        Chat(loading, PipeReader(), screen).run()
-        return
-    screen.note("/help lists the commands, Ctrl-D leaves")
-    screen.space()
-    with quiet_keyboard():
-        Chat(loading, TerminalReader(loading), screen).run()
+    flags = {
+        "ckpt": ckpt,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "system": system,
+        "render": render,
+        "save": save,
+    }
+    talk(settings(flags), newest=newest, load=load)
 
 
 @app.command(
@@ -218,67 +122,115 @@ def chat(
     "\n\necho hi | tinychat ask --json"
 )
 def ask(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[QUESTION]", help="Read from standard input when left out."),
-    ] = None,
+    words: Words = None,
     ckpt: Ckpt = None,
-    temperature: Temperature = 0.8,
-    top_p: TopP = 0.95,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    repetition_penalty: Penalty = 1.0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
     seed: Seed = None,
-    max_tokens: MaxTokens = 200,
+    max_tokens: MaxTokens = None,
     system: System = None,
+    render: Render = None,
     as_json: Json = False,
 ) -> None:
     """Answer one question and print nothing but the answer."""
-    import json
-    from dataclasses import asdict
+    from tinychat.cli.talk import ask_once
 
-    from tinychat.cli.console import Screen
-    from tinychat.cli.loading import choose, open_session
-    from tinychat.cli.reading import as_text
+    flags = {
+        "ckpt": ckpt,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "system": system,
+        "render": render,
+    }
+    ask_once(_question(words, "ask"), settings(flags), as_json)
 
+
+@app.command(epilog='Example: tinychat compare "who are you?" --ckpt base --ckpt sft')
+def compare(
+    words: Words = None,
+    ckpt: Ckpts = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    max_tokens: MaxTokens = None,
+    system: System = None,
+    as_json: Json = False,
+) -> None:
+    """Let several checkpoints answer one question with the same seed, side by side."""
+    from tinychat.cli.compare import compare as compare_models
+
+    flags = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "system": system,
+    }
+    now = settings(flags)
+    question = _question(words, "compare")
+    compare_models(question, ckpt or [], now.sampling, now["system"] or None, as_json)
+
+
+def _question(words: list[str] | None, command: str) -> str:
+    """What was asked, as words or through standard input. Raises ConfigError for nothing."""
+    example = f'write one, as in tinychat {command} "who are you?".'
     question = " ".join(words or [])
     if not words:
         if sys.stdin.isatty():
-            raise ConfigError('There is no question; write one, as in tinychat ask "who are you?".')
+            raise ConfigError(f"There is no question; {example}")
+        from tinychat.cli.reading import as_text
+
         question = as_text(sys.stdin.buffer.read())
-    question = question.strip()
-    if not question:
-        raise ConfigError('The question is empty; write one, as in tinychat ask "who are you?".')
-    info = choose(ckpt)
-    session = open_session(
-        info,
-        {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-            "max_tokens": max_tokens,
-        },
-        system,
-    )
-    pieces = session.reply(question)
-    if not as_json:
-        Screen(interactive=sys.stdout.isatty()).reply(pieces)
-        return
-    for _ in pieces:
-        pass
-    assert session.last is not None
-    answer = {
-        "reply": session.last.text.strip(),
-        "tokens": session.last.written,
-        "seconds": round(session.last.seconds, 3),
-        "ended": session.last.ended,
-        "checkpoint": str(info.path),
-        "sampling": asdict(session.sampling),
-    }
-    typer.echo(json.dumps(answer, ensure_ascii=False))
+    if not question.strip():
+        raise ConfigError(f"The question is empty; {example}")
+    return question.strip()
+
+
+@app.command()
+def chats(as_json: Json = False) -> None:
+    """List the saved chats, the newest first."""
+    from tinychat.cli.saved import show_chats
+
+    show_chats(as_json)
+
+
+config_app = typer.Typer(
+    invoke_without_command=True, help="Show every setting and where its value comes from."
+)
+app.add_typer(config_app, name="config")
+
+
+@config_app.callback(
+    epilog="By rising priority: default, the file, TINYCHAT_ variables (TINYCHAT_TEMPERATURE=0.5), "
+    "flags. TINYCHAT_CONFIG names another file."
+)
+def config(context: typer.Context, as_json: Json = False) -> None:
+    from tinychat.cli.config import show_settings
+
+    if context.invoked_subcommand is None:
+        show_settings(as_json)
+
+
+@config_app.command("path")
+def path_of_config() -> None:
+    """Print where the settings are read from; write them there, as in `temperature = 0.5`."""
+    from tinychat.cli.config import config_path
+
+    typer.echo(config_path())
 
 
 @app.command(epilog="Example: tinychat info checkpoints/rlhf.safetensors")

@@ -2,59 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, replace
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from inspect import cleandoc
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from tinychat.cli.compare import Comparing
+from tinychat.cli.config import OPTIONS, RANDOM, shown
 from tinychat.cli.errors import nearest, sentence
-from tinychat.cli.loading import Loading, choose
+from tinychat.cli.filing import Filing
+from tinychat.cli.inside import Inside
 from tinychat.runtime.errors import ConfigError, TinychatError
 
 if TYPE_CHECKING:
     from tinychat.cli.loop import Chat
 
 
-class Commands:
-    """The slash commands of one chat."""
+class Talking:
+    """The turns."""
 
-    def __init__(self, chat: Chat) -> None:
-        self._chat = chat
-
-    @classmethod
-    def names(cls) -> list[str]:
-        return [name.removeprefix("do_") for name in vars(cls) if name.startswith("do_")]
-
-    def run(self, line: str) -> None:
-        """Obey one line. A mistake is explained and changes nothing."""
-        name, _, rest = line.removeprefix("/").partition(" ")
-        method = getattr(self, f"do_{name.lower()}", None)
-        if method is None:
-            hint = nearest(name.lower(), self.names(), "/") or " /help lists the commands."
-            self._chat.screen.complain(f"There is no command /{name}.{hint}")
-            return
-        try:
-            method(rest.strip())
-        except (TinychatError, OSError) as error:
-            if error is self._chat.loading.error:
-                raise
-            self._chat.screen.complain(sentence(error))
-
-    def do_help(self, _: str) -> None:
-        """/help: this list"""
-        table = _table()
-        for name in self.names():
-            usage, _, text = (getattr(self, f"do_{name}").__doc__ or "").partition(": ")
-            table.add_row(usage, text)
-        table.add_row("//...", "a message that begins with a slash")
-        table.add_row("Ctrl-C", "stop the reply; twice at an empty prompt: leave")
-        table.add_row("Ctrl-D", "leave")
-        self._chat.screen.show(table)
+    _chat: Chat
 
     def do_retry(self, _: str) -> None:
-        """/retry: another reply to the last message"""
+        """/retry: another reply to the last message
+
+        The dice are thrown anew, so it differs unless the temperature is 0.
+        """
         session = self._chat.session
         if not session.messages:
             raise ConfigError("There is nothing to answer again yet; write a message first.")
@@ -62,49 +39,101 @@ class Commands:
             self._chat.screen.note("temperature is 0, so the reply will be the same")
         self._chat.answer(None)
 
+    def do_edit(self, _: str) -> None:
+        """/edit: take the last message back and write it anew"""
+        if not self._chat.reader.interactive:
+            raise ConfigError("There is no prompt to edit a message at; /undo drops the last turn.")
+        said = self._chat.session.undo()
+        if said is None:
+            raise ConfigError("There is no message to edit yet; write one first.")
+        self._chat.prefill = said
+        self._chat.on_turn()
+
     def do_undo(self, _: str) -> None:
         """/undo: forget the last message and its reply"""
         said = self._chat.session.undo()
         self._chat.screen.note("nothing to undo" if said is None else f"forgotten: {_short(said)}")
+        self._chat.on_turn()
+
+    def do_continue(self, _: str) -> None:
+        """/continue: let the last reply go on where it was cut"""
+        if not self._chat.session.messages:
+            raise ConfigError("There is no reply to go on with yet; write a message first.")
+        self._chat.draw(lambda session: session.go_on())
+        last = self._chat.session.last
+        if last is not None and last.ended == "end" and not last.written:
+            self._chat.screen.note("the model has nothing to add")
 
     def do_clear(self, _: str) -> None:
-        """/clear: forget the whole conversation; settings and system message stay"""
-        self._chat.session.clear()
-        self._chat.screen.note("a new conversation")
+        """/clear: a new conversation
+
+        The settings and the system message stay; the old chat stays saved.
+        """
+        chat, journal = self._chat, self._chat.journal
+        kept = journal.path if journal is not None and chat.session.messages else None
+        if journal is not None:
+            journal.leave()
+        chat.session.clear()
+        chat.screen.note(
+            f"a new conversation; /load {kept.stem} goes back" if kept else "a new conversation"
+        )
 
     def do_system(self, text: str) -> None:
-        """/system TEXT: tell the model who it is; /system off removes it, /system shows it"""
+        """/system [TEXT]: tell the model who it is; off removes it"""
         session = self._chat.session
         if text:
             session.system = None if text == "off" else text
+            self._chat.on_turn()
         now = f"system message: {session.system}" if session.system else "no system message"
         self._chat.screen.note(now)
 
+
+class Tuning:
+    """The settings."""
+
+    _chat: Chat
+
     def do_set(self, text: str) -> None:
-        """/set NAME VALUE: change a setting, for example /set temperature 0.5"""
-        session = self._chat.session
+        """/set NAME VALUE: change a setting, as in /set temperature 0.5
+
+        temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens, render.
+        """
+        chat, session = self._chat, self._chat.session
         name, _, value = text.replace("=", " ", 1).partition(" ")
         name, value = name.strip().replace("-", "_"), value.strip()
-        known = [field.name for field in fields(session.sampling)]
+        elsewhere = {"ckpt": "/model NAME", "system": "/system TEXT", "save": "/save NAME"}
+        if name in elsewhere:
+            raise ConfigError(f"{name} is not changed by /set but by {elsewhere[name]}.")
+        known = [option.name for option in OPTIONS.values() if option.live]
         if name not in known:
             hint = nearest(name, known) if name else ""
             raise ConfigError(f"There is no setting {name!r}.{hint} Known: {', '.join(known)}.")
-        settings = replace(session.sampling, **{name: _number(name, value)})
-        if name == "seed":
-            session.seed(settings.seed)
-        session.sampling = settings
-        self._chat.screen.note(f"{name} is {getattr(settings, name)}")
+        if not value:
+            raise ConfigError(f"{name} needs a value: {OPTIONS[name].wanted}.")
+        new = OPTIONS[name].parse(value, name)
+        if name == "render":
+            chat.screen.render = new
+        elif name == "seed":
+            session.seed(None if new == RANDOM else new)
+        else:
+            session.sampling = replace(session.sampling, **{name: new})
+        chat.screen.note(f"{name} is {shown(new)}")
 
     def do_show(self, _: str) -> None:
         """/show: the model and the settings"""
-        session, info = self._chat.session, self._chat.loading.info
+        chat, session, info = self._chat, self._chat.session, self._chat.loading.info
         table = _table()
         table.add_row("model", Text(f"{info.path} ({info.stage}, {millions(info.parameters)})"))
         for name, value in asdict(session.sampling).items():
-            table.add_row(name, "random" if value is None else str(value))
+            table.add_row(name, RANDOM if value is None else shown(value))
+        table.add_row("render", chat.screen.render)
         table.add_row("system", Text(session.system or "none"))
         table.add_row("turns", str(len(session.messages) // 2))
-        self._chat.screen.show(table)
+        if chat.journal is not None:
+            table.add_row("kept in", Text(str(chat.journal.path or "nothing yet")))
+        else:
+            table.add_row("kept in", "nothing (not saved)")
+        chat.screen.show(table)
 
     def do_stats(self, _: str) -> None:
         """/stats: speed and length of the last reply"""
@@ -114,49 +143,119 @@ class Commands:
         table = _table()
         table.add_row("prompt", f"{last.prompt} tokens, {last.cached} of them remembered")
         table.add_row("reply", f"{last.written} tokens in {last.seconds:.2f} s")
-        table.add_row("first token", f"after {last.first * 1000:.0f} ms")
-        table.add_row("speed", f"{last.tokens_per_second:.0f} tokens/s after the first")
+        if last.written:
+            table.add_row("first token", f"after {last.first * 1000:.0f} ms")
+            table.add_row("speed", f"{last.tokens_per_second:.0f} tokens/s after the first")
         used = last.prompt + last.written
         table.add_row("context", f"{used} of {self._chat.session.context} tokens")
         self._chat.screen.show(table)
 
-    def do_save(self, name: str) -> None:
-        """/save FILE: write the conversation as Markdown; an existing file is never replaced"""
-        if not name:
-            raise ConfigError("Give the file a name, for example /save chat.md.")
-        session, info = self._chat.session, self._chat.loading.info
-        if not session.messages:
-            raise ConfigError("There is nothing to save yet; write a message first.")
-        parts = [f"# A chat with tinychat\n\nCheckpoint: `{info.path.name}` ({info.stage})"]
-        if session.system:
-            parts.append(f"**System:** {session.system}")
-        for message in session.messages:
-            speaker = "You" if message.role == "user" else "tinychat"
-            parts.append(f"**{speaker}:** {message.content.strip()}")
-        path = Path(name).expanduser()
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write("\n\n".join(parts) + "\n")
-        except FileExistsError:
-            raise ConfigError(f"{path} exists already; choose another name.") from None
-        self._chat.screen.note(f"saved {path}")
 
-    def do_model(self, name: str) -> None:
-        """/model NAME: go on with another checkpoint; /model shows which one talks"""
-        info = self._chat.loading.info
+GROUPS = (
+    ("talk", Talking),
+    ("settings", Tuning),
+    ("models", Comparing),
+    ("keep", Filing),
+    ("inside", Inside),
+)
+ALIASES = {"exit": "quit", "bye": "quit", "q": "quit", "?": "help"}
+
+
+class Commands(Talking, Tuning, Comparing, Filing, Inside):
+    """The slash commands of one chat."""
+
+    def __init__(self, chat: Chat) -> None:
+        self._chat = chat
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """All commands, in the order of /help."""
+        return [name for _, group in (*GROUPS, ("", cls)) for name in _names(group)]
+
+    def run(self, line: str) -> None:
+        """Obey one line. A mistake is explained and changes nothing."""
+        name, _, rest = line.removeprefix("/").partition(" ")
+        name = ALIASES.get(name.lower(), name)
+        method = getattr(self, f"do_{name.lower()}", None)
+        if method is None:
+            hint = nearest(name.lower(), self.names(), "/") or " /help lists the commands."
+            self._chat.screen.complain(f"There is no command /{name}.{hint}")
+            return
+        try:
+            method(rest.strip())
+        except (TinychatError, OSError) as error:
+            if error is self._chat.loading.error or isinstance(error, BrokenPipeError):
+                raise
+            self._chat.screen.complain(sentence(error))
+
+    def do_help(self, name: str) -> None:
+        """/help [COMMAND]: this list, or all about one command"""
+        name = name.removeprefix("/").lower()
         if name:
-            old, info = self._chat.session, choose(name)
-            loading = Loading(info, asdict(old.sampling), old.system)
-            loading.start()
-            with self._chat.screen.waiting(f"loading {info.path.name} ..."):
-                new = loading.session()
-            new.messages = old.messages
-            self._chat.loading = loading
-        self._chat.screen.note(f"{info.path} ({info.stage}, {millions(info.parameters)})")
+            method = getattr(self, f"do_{name}", None)
+            if method is None:
+                hint = nearest(name, self.names(), "/") or " /help lists the commands."
+                raise ConfigError(f"There is no command /{name}.{hint}")
+            first, _, more = cleandoc(method.__doc__ or "").partition("\n\n")
+            self._chat.screen.show(Text(f"{first}. {' '.join(more.split())}".strip()))
+            return
+        rows = []
+        for title, group in (*GROUPS, ("", type(self))):
+            for command in _names(group):
+                about = (getattr(self, f"do_{command}").__doc__ or "").partition("\n")[0]
+                usage, _, text = about.partition(": ")
+                rows.append((title, usage, text))
+                title = ""
+        rows.append(("keys", "Ctrl-C, Ctrl-D", "stop the reply; leave"))
+        left, middle = (max(len(row[place]) for row in rows) + 2 for place in (0, 1))
+        lines = []
+        for title, usage, text in rows:  # a line each: what does not fit is cut off at the right
+            line = Text.assemble((title.ljust(left), "dim"), usage.ljust(middle), text)
+            line.no_wrap, line.overflow = True, "ellipsis"
+            lines.append(line)
+        self._chat.screen.show(Group(*lines))
 
     def do_quit(self, _: str) -> None:
         """/quit: leave"""
         self._chat.leaving = True
+
+
+def completions(line: str) -> list[str]:
+    """The words that may stand where the last word of `line` stands. Reads no model."""
+    head, _, last = line.rpartition(" ")
+    if not line.startswith("/") or line.startswith("//"):
+        return []
+    return sorted(word for word in _words(head.split()) if word.startswith(last))
+
+
+def _words(before: list[str]) -> Iterator[str]:
+    """What can follow the words of a command line."""
+    if not before:
+        yield from (f"/{name}" for name in Commands.names())
+        return
+    command, place = before[0].lower(), len(before)
+    if command == "/help" and place == 1:
+        yield from Commands.names()
+    elif command == "/set":
+        live = {option.name: option for option in OPTIONS.values() if option.live}
+        if place == 1:
+            yield from live
+        elif before[1] == "render" and place == 2:
+            yield from ("auto", "markdown", "plain")
+        elif before[1] in live and place == 2:
+            yield shown(live[before[1]].default)
+    elif (command == "/model" and place == 1) or command == "/compare":
+        from tinychat.cli.compare import chat_models
+
+        yield from chat_models()
+    elif command == "/load":
+        from tinychat.cli.saved import saved_chats
+
+        begun = "".join(f"{word} " for word in before[1:])  # a name may have several words
+        names = (chat.name for chat in saved_chats())
+        yield from (name.removeprefix(begun) for name in names if name.startswith(begun))
+    elif command == "/system" and place == 1:
+        yield "off"
 
 
 def millions(parameters: int) -> str:
@@ -164,16 +263,8 @@ def millions(parameters: int) -> str:
     return f"{parameters / 1e6:.1f} M parameters"
 
 
-def _number(name: str, text: str) -> Any:
-    """A setting's value from what was typed. Raises ConfigError when it is no number."""
-    if name == "seed" and text in ("none", "random", "off"):
-        return None
-    whole = name in ("top_k", "max_tokens", "seed")
-    try:
-        return int(text) if whole else float(text)
-    except ValueError:
-        kind = "a whole number" if whole else "a number"
-        raise ConfigError(f"{name} is {text!r}; it must be {kind}.") from None
+def _names(group: Any) -> list[str]:
+    return [name.removeprefix("do_") for name in vars(group) if name.startswith("do_")]
 
 
 def _short(text: str, width: int = 60) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -42,24 +44,32 @@ def show_info(name: str, as_json: bool) -> None:
 
 def show_models(as_json: bool) -> None:
     """Print the checkpoints in the folders that names are looked up in."""
-    found = found_models()
     if as_json:
-        rows = [{"name": path.stem, "path": str(path), **_summary(info)} for path, info in found]
+        rows = [
+            {"name": path.stem, "path": str(path), "from": origin(path), **_summary(info)}
+            for path, info in found_models()
+        ]
         print(json.dumps(rows, ensure_ascii=False))
         return
-    console = Console()
+    Console().print(models_table())
+
+
+def models_table() -> RenderableType:
+    """What is there: where from, how large, how old, how good."""
+    found = found_models()
     if not found:
-        folders = ", ".join(str(folder) for folder in search_folders())
-        console.print(Text(f"No checkpoint in {folders}."))
-        return
-    table = Table("name", "stage", "parameters", "size", "folder")
+        return Text(f"No checkpoint in {', '.join(str(folder) for folder in search_folders())}.")
+    fixed = [Column(name, no_wrap=True) for name in ("name", "stage", "weights", "size", "date")]
+    table = Table(*fixed, "score", Column("from", overflow="fold"), box=SIMPLE_HEAD, pad_edge=False)
     for path, info in found:
+        row = ["damaged", "", "", "", ""]
         if isinstance(info, CheckpointInfo):
-            row = [info.stage, f"{info.parameters / 1e6:.1f} M", size(info.bytes)]
-        else:
-            row = ["damaged", "", ""]
-        table.add_row(Text(path.stem), *row, Text(str(path.parent)))
-    console.print(table)
+            weights = f"{info.parameters / 1e6:.1f} M"
+            row = [info.stage, weights, size(info.bytes), date(info), score(info)[1]]
+        came = origin(path)
+        where = came if came == "shipped" else f"{came}: {path.parent}"
+        table.add_row(Text(path.stem), *map(Text, row), Text(where))
+    return table
 
 
 def found_models() -> list[tuple[Path, CheckpointInfo | CheckpointError]]:
@@ -74,10 +84,58 @@ def found_models() -> list[tuple[Path, CheckpointInfo | CheckpointError]]:
     return list(found.values())
 
 
+def origin(path: Path) -> str:
+    """Where a checkpoint came from: shipped (with the package), yours (data folder), or local."""
+    from platformdirs import user_data_dir
+
+    package = Path(__file__).resolve().parents[1]
+    folder = path.resolve().parent
+    shipped = [package / "checkpoints"]
+    if (package.parent / "pyproject.toml").is_file():
+        shipped.append(package.parent / "checkpoints")
+    if folder in shipped:
+        return "shipped"
+    return "yours" if folder.is_relative_to(Path(user_data_dir("tinychat")).resolve()) else "local"
+
+
+def date(info: CheckpointInfo) -> str:
+    """The day that the metadata names, else the file's."""
+    told = info.lineage.get("date")
+    if isinstance(told, str) and told:
+        return told[:10]
+    return time.strftime("%Y-%m-%d", time.localtime(info.path.stat().st_mtime))
+
+
+def score(info: CheckpointInfo) -> tuple[float | None, str]:
+    """What the metadata says of its quality, as a number and for people; stages differ in kind."""
+    bits = info.metrics.get("bits_per_byte")
+    if (
+        isinstance(bits, Mapping)
+        and bits
+        and all(isinstance(b, int | float) for b in bits.values())
+    ):
+        mean = sum(bits.values()) / len(bits)
+        of = next(iter(bits)) if len(bits) == 1 else f"{len(bits)} texts"
+        return mean, f"{mean:.3f} bits/byte, {of}"
+    for name, form in (("accuracy", "{:.1%} of pairs"), ("loss", "loss {:.3f}")):
+        value = info.metrics.get(name)
+        if isinstance(value, int | float):
+            return value, form.format(value)
+    return None, ""
+
+
 def _summary(info: CheckpointInfo | CheckpointError) -> dict[str, Any]:
     if isinstance(info, CheckpointError):
         return {"error": str(info)}
-    return {"stage": info.stage, "parameters": info.parameters, "bytes": info.bytes}
+    value, text = score(info)
+    return {
+        "stage": info.stage,
+        "parameters": info.parameters,
+        "bytes": info.bytes,
+        "date": date(info),
+        "score": value,
+        "score_of": text,
+    }
 
 
 def show_sources(folder: Path | None) -> None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from tinychat.data.records import Message
 from tinychat.runtime.checkpoint import CheckpointInfo, find, read_info
 from tinychat.runtime.errors import CheckpointError
 
@@ -16,11 +17,11 @@ PREFERRED = ("rlhf", "sft", "base")
 
 
 def choose(name: str | None) -> CheckpointInfo:
-    """The named checkpoint, or the best that is there. Reads its header only; no torch.
+    """The named checkpoint, or (for none) the best that is there. Reads its header only; no torch.
 
     Raises CheckpointError when there is none, or when it cannot hold a conversation.
     """
-    info = read_info(find(name)) if name is not None else _best()
+    info = read_info(find(name)) if name else _best()
     if info.stage == "reward":
         raise CheckpointError(
             f"{info.path.name} is a reward model: it scores replies and cannot chat; "
@@ -66,6 +67,8 @@ class Loading:
         self.info = info
         self.settings = dict(settings)
         self.system = system
+        self.messages: list[Message] = []
+        "what the conversation begins with"
         self.on_end: Callable[[], None] = lambda: None
         self.error: BaseException | None = None
         self._session: ChatSession | None = None
@@ -94,7 +97,9 @@ class Loading:
 
     def _load(self) -> None:
         try:
-            self._session = open_session(self.info, self.settings, self.system)
+            session = open_session(self.info, self.settings, self.system)
+            session.messages = list(self.messages)
+            self._session = session
         except BaseException as error:  # raised again by session(), in the main thread
             self.error = error
         self.on_end()

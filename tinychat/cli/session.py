@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from time import perf_counter
 
 from tinychat.data.records import Message
-from tinychat.dialogue import render_prompt
+from tinychat.dialogue import first_that_fits, render_prompt
 from tinychat.generation import (
     Sampling,
     TextStream,
@@ -17,6 +18,7 @@ from tinychat.generation import (
     stop_ids,
 )
 from tinychat.gpt import GPT, KVCache
+from tinychat.runtime.errors import ConfigError
 from tinychat.tokenizer import Tokenizer
 
 
@@ -35,14 +37,16 @@ class Reply:
     """user turns left out of the prompt because the context is full"""
     first: float
     """from the question to the first token"""
+    final: float
+    """from the question to the last token"""
     seconds: float
+    """from the question until the reply was closed"""
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed after the first token, which pays for reading the prompt."""
-        return (
-            (self.written - 1) / max(self.seconds - self.first, 1e-9) if self.written > 1 else 0.0
-        )
+        """Speed after the first token, which pays for reading the prompt: what a stopwatch says
+        that runs from the first token on the screen to the last."""
+        return (self.written - 1) / max(self.final - self.first, 1e-9) if self.written > 1 else 0.0
 
 
 class ChatSession:
@@ -71,6 +75,8 @@ class ChatSession:
         self.last: Reply | None = None
         self._cache: KVCache = model.new_cache(1, context)
         self._held: list[int] = []
+        # A turn in tokens, with the two that open and close it; counted once a message.
+        self._length = lru_cache(maxsize=2048)(lambda text: len(tokenizer.encode(text)) + 2)
         # One pair of dice for the whole conversation: a seed replays all of it, and a second
         # reply to the same message still differs from the first.
         self._generator = make_generator(sampling.seed, model.device)
@@ -90,6 +96,16 @@ class ChatSession:
             raise LookupError("no turn to answer again")
         return self._answer(self.messages[:-2], self.messages[-2].content)
 
+    def go_on(self) -> Generator[str, None, None]:
+        """Write on where the last reply ended, as if it had not been closed.
+
+        Yields the new text only. Raises ConfigError when the context has no room for more.
+        """
+        if not self.messages:
+            raise LookupError("no reply to go on with")
+        history, question, reply = self.messages[:-2], self.messages[-2], self.messages[-1]
+        return self._answer(history, question.content, reply.content)
+
     def undo(self) -> str | None:
         """Forget the last turn; returns what the user had said."""
         if not self.messages:
@@ -103,19 +119,38 @@ class ChatSession:
         self.messages = []
         self.last = None
 
-    def _answer(self, history: Sequence[Message], text: str) -> Generator[str, None, None]:
+    @property
+    def last_tokens(self) -> tuple[list[int], list[int]] | None:
+        """The last turn's prompt and reply (with the `<|end|>` that closed it) as the model had
+        them; None when this session didn't write that turn."""
+        last = self.last
+        if last is None or not self.messages or last.text != self.messages[-1].content:
+            return None
+        closed = [self.tokenizer.end_id] if last.ended == "end" else []
+        # A reply that was gone on with began before the end of its last prompt.
+        begin = len(self._held) - self._held[::-1].index(self.tokenizer.assistant_id)
+        return self._held[:begin], [*self._held[begin:], *closed]
+
+    def _answer(
+        self, history: Sequence[Message], text: str, begun: str = ""
+    ) -> Generator[str, None, None]:
+        """Answer `text` after `history`; `begun` is what the reply already says."""
         started = perf_counter()
-        self.last = None
         turns = [*history, Message("user", text)]
         # 1. the prompt, and what the cache already knows of it
-        prompt = self._render(turns)
+        opened = self._opened(begun)
+        prompt = self._render(turns, opened)
+        self.last = None
         cached = min(rewind(self._cache, self._held, prompt), len(prompt) - 1)
         room = min(self.sampling.max_tokens, self.context - len(prompt))
         # 2. the reply, token by token
         stream = TextStream(self.tokenizer)
+        for token in opened:  # the last one may hold half a character
+            stream.push(token)
         written: list[int] = []
         shown: list[str] = []
-        first, ended, repeated = 0.0, "stopped", 0
+        first = final = 0.0
+        ended, repeated = "stopped", 0
         try:
             for token in generate(
                 self.model,
@@ -125,7 +160,8 @@ class ChatSession:
                 cache=self._cache,
                 generator=self._generator,
             ):
-                first = first or perf_counter() - started
+                final = perf_counter() - started
+                first = first or final
                 written.append(token)
                 shown.append(stream.push(token))
                 if shown[-1]:
@@ -142,10 +178,10 @@ class ChatSession:
         # 3. however it ended: remember what was written
         finally:
             self._held = [*prompt, *written]
-            content = "".join(shown)
+            content = begun + "".join(shown)
             if repeated:  # one copy of a loop is enough for the model to read again
                 kept = self.tokenizer.decode(written[: len(written) - 2 * repeated])
-                content = kept.rstrip("\ufffd")
+                content = begun + kept.rstrip("\ufffd")
             if content.strip():
                 self.messages = [*turns, Message("assistant", content)]
             self.last = Reply(
@@ -156,15 +192,59 @@ class ChatSession:
                 written=len(written),
                 dropped=len(turns) // 2 + 1 - prompt.count(self.tokenizer.user_id),
                 first=first,
+                final=final,
                 seconds=perf_counter() - started,
             )
 
-    def _render(self, turns: Sequence[Message]) -> list[int]:
+    def _opened(self, begun: str) -> list[int]:
+        """The tokens of a reply's beginning: the very ones that were written, where they are known.
+
+        Cut into tokens again, a text that stops in the middle of a word becomes other tokens.
+        """
+        kept = self.last_tokens if begun else None
+        if kept is not None:
+            tokens = [token for token in kept[1] if token != self.tokenizer.end_id]
+            if self.tokenizer.decode(tokens).rstrip("\ufffd") == begun:
+                return tokens
+        return self.tokenizer.encode(begun) if begun else []
+
+    def _render(self, turns: Sequence[Message], opened: Sequence[int]) -> list[int]:
+        """The prompt: the turns that are still read, and the tokens of a reply that goes on."""
         system = [Message("system", self.system)] if self.system else []
         reserve = min(self.sampling.max_tokens, self.context // 4)
-        return render_prompt(
-            [*system, *turns], self.tokenizer, context=self.context, reserve=reserve
+        lengths = [self._length(message.content) for message in [*system, *turns]]
+        sizes = lengths[len(system) :]
+        sizes[-1] += len(opened)
+        limit = self.context - reserve - sum(lengths[: len(system)]) - 2
+        first = first_kept(sizes, limit)
+        if opened and sizes[-1] > limit:
+            raise ConfigError(
+                f"The reply and its question are {sizes[-1]} tokens long, but only "
+                f"{max(limit, 0)} fit with {reserve} more; it cannot go on."
+            )
+        prompt = render_prompt(
+            [*system, *turns[first:]],
+            self.tokenizer,
+            context=self.context - len(opened),
+            reserve=reserve,
         )
+        return [*prompt, *opened]
+
+
+def first_kept(sizes: Sequence[int], limit: int, share: float = 0.75) -> int:
+    """The first turn (a user's) that a full conversation still reads.
+
+    Each forgotten turn moves all others, so that the cache must read them again. So nothing is
+    forgotten until `limit` tokens are full, and then so much that only a `share` of them is. The
+    answer follows from the turns alone: it replays the conversation, question by question.
+    """
+    first = total = 0
+    for end in range(1, len(sizes) + 1, 2):
+        total += sum(sizes[max(end - 2, 0) : end])
+        if total > limit:
+            first += first_that_fits(sizes[first:end], int(limit * share))
+            total = sum(sizes[first:end])
+    return first
 
 
 def loop_length(tokens: Sequence[int], shortest: int = 12, repeats: int = 3) -> int:

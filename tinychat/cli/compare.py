@@ -1,0 +1,215 @@
+"""One prompt, several models, the same seed: side by side. torch waits until they are loaded."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tinychat.cli import loading
+from tinychat.cli.console import Screen, printable
+from tinychat.cli.loading import Loading, choose
+from tinychat.data.records import Message
+from tinychat.runtime.checkpoint import CheckpointInfo, search_folders
+from tinychat.runtime.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from tinychat.cli.loop import Chat
+    from tinychat.cli.session import Reply
+
+USUAL = ("base", "sft", "rlhf")
+NARROWEST = 30
+"columns of a terminal below which a reply is not worth reading beside another"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model's reply."""
+
+    name: str
+    info: CheckpointInfo
+    reply: Reply
+
+    @property
+    def text(self) -> str:
+        return printable(self.reply.text).strip() or "(no words came)"
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} ({self.info.stage}, {self.info.parameters / 1e6:.1f} M)"
+
+
+def contenders(names: Sequence[str]) -> list[tuple[str, CheckpointInfo]]:
+    """The named checkpoints, or those of base, sft and rlhf that are there, each with a label.
+
+    Raises CheckpointError for one that cannot chat and ConfigError for fewer than two.
+    """
+    found = []
+    if names:
+        found = [choose(name) for name in names]
+    else:
+        for name in USUAL:
+            try:
+                found.append(choose(name))
+            except CheckpointError:
+                continue
+    if len(found) < 2:
+        raise ConfigError(
+            f"Comparing takes two checkpoints, and there {'is' if found else 'are'} "
+            f"{found[0].path.stem + ' only' if found else 'none'}; name them, as in base sft."
+        )
+    stems = [info.path.stem for info in found]
+    return [
+        (info.path.stem if stems.count(info.path.stem) == 1 else str(info.path), info)
+        for info in found
+    ]
+
+
+def replies(
+    models: Sequence[tuple[str, CheckpointInfo]],
+    history: Sequence[Message],
+    prompt: str,
+    settings: Mapping[str, Any],
+    system: str | None,
+    screen: Screen,
+) -> Iterator[Contender]:
+    """Let one model after the other answer; only one is in memory at a time."""
+    for name, info in models:
+        with screen.waiting(f"{name} is writing ..."):
+            session = loading.open_session(info, settings, system)
+            session.messages = list(history)
+            for _ in session.reply(prompt):
+                pass
+            assert session.last is not None
+            yield Contender(name, info, session.last)
+
+
+def side_by_side(found: Sequence[Contender], width: int) -> RenderableType:
+    """Columns of equal width, or one below the other where they would be too narrow."""
+    gap = 3
+    column = (width - gap * (len(found) - 1)) // len(found)
+    if column < NARROWEST:
+        parts: list[RenderableType] = []
+        for contender in found:
+            parts += [Text(contender.title, style="bold"), Text(contender.text), Text()]
+        return Group(*parts[:-1])
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False)
+    for contender in found:
+        table.add_column(Text(contender.title, style="bold"), width=column, overflow="fold")
+    table.add_row(*(Text(contender.text) for contender in found))
+    return table
+
+
+def labelled(found: Sequence[Contender]) -> str:
+    """For a pipe: each reply under its model's name, indented, so that nothing looks like one."""
+    return "\n".join(
+        f"{contender.name}:\n{textwrap.indent(contender.text, '  ')}" for contender in found
+    )
+
+
+def compare(
+    prompt: str,
+    names: Sequence[str],
+    settings: Mapping[str, Any],
+    system: str | None,
+    as_json: bool,
+) -> None:
+    """`tinychat compare`: print the replies."""
+    models = contenders(names)
+    settings = with_seed(settings)
+    # Notes and spinners go where they disturb no pipe.
+    screen = Screen(interactive=False)
+    found = list(replies(models, (), prompt, settings, system, screen))
+    if as_json:
+        record = {
+            "prompt": prompt,
+            "system": system,
+            "settings": settings,
+            "replies": [
+                {
+                    "name": contender.name,
+                    "checkpoint": str(contender.info.path),
+                    "stage": contender.info.stage,
+                    "reply": contender.reply.text.strip(),
+                    "tokens": contender.reply.written,
+                    "ended": contender.reply.ended,
+                    "seconds": round(contender.reply.seconds, 3),
+                }
+                for contender in found
+            ],
+        }
+        print(json.dumps(record, ensure_ascii=False))
+    elif screen.out.is_terminal:
+        screen.out.print(side_by_side(found, screen.out.width))
+        screen.note(f"seed {settings['seed']}")
+    else:
+        print(labelled(found))
+
+
+def with_seed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with a seed that can be told afterwards."""
+    seed = settings["seed"]
+    return {**settings, "seed": secrets.randbelow(10**6) if seed is None else seed}
+
+
+def chat_models() -> list[str]:
+    """The names of the checkpoints that can chat, without opening them."""
+    names = {path.stem for folder in search_folders() for path in folder.glob("*.safetensors")}
+    return sorted(names - {"reward"})
+
+
+class Comparing:
+    """The slash commands about models."""
+
+    _chat: Chat
+
+    def do_model(self, name: str) -> None:
+        """/model [NAME]: go on with another checkpoint
+
+        The conversation and the settings stay. Without NAME: which one talks.
+        """
+        chat = self._chat
+        info = chat.loading.info
+        if name:
+            old, info = chat.session, choose(name)
+            new = Loading(info, asdict(old.sampling), old.system)
+            new.messages = old.messages
+            new.start()
+            with chat.screen.waiting(f"loading {info.path.name} ..."):
+                new.session()
+            chat.loading = new
+            chat.on_turn()
+        chat.screen.note(f"{info.path} ({info.stage}, {info.parameters / 1e6:.1f} M parameters)")
+
+    def do_models(self, _: str) -> None:
+        """/models: the checkpoints that are there"""
+        from tinychat.cli.info import models_table
+
+        self._chat.screen.show(models_table())
+
+    def do_compare(self, names: str) -> None:
+        """/compare [NAME ...]: several models answer the last message
+
+        Side by side, with the same seed, without changing the conversation. Without names: those
+        of base, sft and rlhf that are there.
+        """
+        chat, session = self._chat, self._chat.session
+        if not session.messages:
+            raise ConfigError("There is no message to compare replies to yet; write one first.")
+        models = contenders(names.split())
+        history, prompt = session.messages[:-2], session.messages[-2].content
+        settings = with_seed(asdict(session.sampling))
+        found = list(replies(models, history, prompt, settings, session.system, chat.screen))
+        if chat.screen.interactive:
+            chat.screen.show(side_by_side(found, chat.screen.out.width))
+        else:
+            chat.screen.out.file.write(labelled(found) + "\n")
+            chat.screen.out.file.flush()
+        chat.screen.note(f"seed {settings['seed']}; the conversation stays as it was")
