@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tinychat.attention import Attention, LayerCache, RMSNorm, causal_mask
 from tinychat.embeddings import rotary_tables
 from tinychat.runtime import checkpoint
-from tinychat.runtime.checkpoint import CheckpointInfo
+from tinychat.runtime.checkpoint import Checkpoint, CheckpointInfo
 from tinychat.runtime.errors import CheckpointError, ConfigError
 from tinychat.tokenizer import Tokenizer
 
@@ -670,16 +670,27 @@ def save_model(
 def load_model(path: str | Path) -> tuple[GPT, Tokenizer, CheckpointInfo]:
     """Read a base, sft or rlhf checkpoint; the model is in float32 and in evaluation mode.
 
-    Names and shapes are compared with an empty model on the "meta" device, which takes no memory.
     Raises CheckpointError in one sentence for whatever is wrong with the file.
     """
     loaded = checkpoint.load(path)
-    config = config_from(loaded.info)
     if loaded.info.stage == "reward":
         raise CheckpointError(
             f"{path} is a reward model, which gives marks and can't write; "
             "name a base, sft or rlhf checkpoint."
         )
+    model, tokenizer = build_model(loaded)
+    return model, tokenizer, loaded.info
+
+
+# %% tags=["export"]
+def build_model(loaded: Checkpoint) -> tuple[GPT, Tokenizer]:
+    """Make the model that a file's config asks for, and give it the file's weights.
+
+    Names and shapes are compared with an empty model on the "meta" device, which takes no memory.
+    Raises CheckpointError where the two don't fit.
+    """
+    path = loaded.info.path
+    config = config_from(loaded.info)
     # The formula first: a config that asks for a billion layers must not be built, even empty.
     if config.parameters != loaded.info.parameters:
         raise CheckpointError(
@@ -704,7 +715,7 @@ def load_model(path: str | Path) -> tuple[GPT, Tokenizer, CheckpointInfo]:
             f"{path}: the tokenizer has {tokenizer.vocab_size} pieces and the model "
             f"{config.vocab_size}; get or train the checkpoint again."
         )
-    return model.eval(), tokenizer, loaded.info
+    return model.eval(), tokenizer
 
 
 # %% tags=["export"]

@@ -445,3 +445,7 @@ def sft(
     print_samples(model, pieces, folder, chat=True)
     print(f"\n{path}: {saved.bytes / 1e6:.1f} MB, {bits:.3f} bits per byte on unseen replies.")
     print(f"Talk to it: tinychat chat --ckpt {path}")
+
+
+from tinychat.cli import train_reward  # noqa: E402, F401 (adds `tinychat train reward`)
+from tinychat.cli import train_ppo  # noqa: E402, F401 (adds `tinychat train ppo`)

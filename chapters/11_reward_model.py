@@ -1,0 +1,1308 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# %% [markdown]
+# # Reward model
+#
+# Turn "this reply is better than that one" into a number that a program can raise.
+#
+# After chapter 10 the model answers. But fine-tuning only ever showed it *good* replies. It was never
+# told that a reply is rude, or made up, or beside the point. And nobody can write down a formula for
+# "pleasant and honest".
+#
+# People can do something else: look at two replies and say which one they like better. That is much
+# easier than writing a good one, just as you can tell which of two singers is in tune without being
+# able to sing. In this chapter you train a model on such comparisons, until it can take the place of
+# the people: the **reward model**. It is the second of the three steps from GPT-3 to InstructGPT
+# (Ouyang et al. 2022; for summaries first: Stiennon et al. 2020). Chapter 12 then trains the chat
+# model to please it.
+
+# %% tags=["export"]
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinychat.data.groups import Group, GroupBatches
+from tinychat.gpt import GPT, build_model
+from tinychat.pretraining import (
+    Budget,
+    Progress,
+    Result,
+    TrainConfig,
+    make_optimizers,
+    pack_state,
+    schedule,
+    train_step,
+    unpack_state,
+)
+from tinychat.runtime import checkpoint
+from tinychat.runtime.checkpoint import Checkpoint, CheckpointInfo
+from tinychat.runtime.errors import CheckpointError, ConfigError, DataError
+from tinychat.runtime.metrics import MetricsWriter
+from tinychat.runtime.state import load_state, save_state
+from tinychat.tokenizer import Tokenizer
+
+# %% [markdown]
+# ## The model to begin with
+#
+# A reward model has to understand what it reads, so it begins with the weights of the fine-tuned
+# model. If you worked through chapter 10, they are your own. If not, the shipped ones are taken.
+
+# %%
+import copy
+import os
+import sys
+import tempfile
+import zlib
+
+from tinychat.data import tokenizer_model
+from tinychat.data.groups import tokenize_groups
+from tinychat.data.onpolicy import RULES, flaw_of, sample_ranked
+from tinychat.data.preferences import Ranked, Reply, by_part, corpus_ranked, for_judge, prompt_key
+from tinychat.data.records import Message
+from tinychat.generation import Sampling
+from tinychat.gpt import load_model, nano
+
+FAST = os.environ.get("TINYCHAT_FAST") == "1"
+torch.manual_seed(0)
+
+
+def find_first(*names: str) -> Path | None:
+    """The first of these checkpoints that is there."""
+    for name in names:
+        try:
+            return checkpoint.find(name)
+        except CheckpointError:
+            continue
+    return None
+
+
+if found := find_first("runs/book/sft", *([] if FAST else ["sft"])):
+    sft, tokenizer, info = load_model(found)
+    parent = str(info.path)
+    print(f"beginning with {parent}: {info.parameters / 1e6:.1f} M weights")
+else:
+    tokenizer = Tokenizer(tokenizer_model())
+    sft, parent = GPT(nano()), "random weights"
+    print("beginning with random weights: what follows runs, but the numbers mean little")
+PAD = tokenizer.pad_id
+LARGE = sft.config.parameters > 4e6  # slower here, so it gets less to do
+
+
+def amount(normal: int, large: int, fast: int) -> int:
+    """How much of something this machine's reader has the time for."""
+    return fast if FAST else large if LARGE else normal
+
+
+# %% [markdown]
+# ## Ranked replies
+#
+# Our corpus holds conversations in which somebody wrote, beside the good reply, one or more worse
+# ones, and the name of what is wrong with each.
+
+# %%
+everything = corpus_ranked()
+one = next(group for group in everything if len(group.replies) == 4)
+print(f"the user: {one.prompt[-1].content}")
+for reply in one.replies:
+    print(f"  {reply.rank}. {reply.flaw or 'good':12} {reply.text}")
+counts: dict[str, int] = defaultdict(int)
+for group in everything:
+    for reply in group.replies[1:]:
+        counts[reply.flaw] += 1
+print(f"{len(everything)} prompts; the flaws of the worse replies:")
+print(", ".join(f"{flaw} {n}" for flaw, n in sorted(counts.items(), key=lambda pair: -pair[1])))
+
+# %% [markdown]
+# Some prompts must be kept aside, to find out what was learned and what was only memorised. There is
+# a trap here. If you cut the *pairs* into two heaps, one prompt has pairs in both, and the model can
+# recognise its good reply. So whole **prompts** go to one side. And a prompt that is written twice,
+# with another comma or a capital letter, is still one prompt.
+
+# %%
+parts = by_part(everything)
+print({name: len(groups) for name, groups in parts.items()}, "prompts")
+print(repr(prompt_key([Message("user", "Hi,  THERE!")])))
+
+# %% tags=["test"]
+keys = {name: {prompt_key(group.prompt) for group in groups} for name, groups in parts.items()}
+assert not keys["train"] & (keys["validation"] | keys["test"])
+assert not keys["validation"] & keys["test"]
+
+# %% [markdown]
+# ## From comparisons to a number
+#
+# Chess players only ever win or lose against each other, and still each has a number. Bradley and
+# Terry (1952) had the idea, long before the chess federation: give everybody a number so that the
+# *difference* of two numbers tells who wins how often. With a difference of 0 it's a coin toss.
+#
+# $$P(a \text{ beats } b) = \frac{1}{1 + e^{-(s_a - s_b)}}$$
+
+# %%
+for difference in (0.0, 0.5, 1.0, 2.0, 4.0):
+    chance = torch.tensor(difference).sigmoid().item()
+    print(
+        f"difference {difference:.1f}: the better one wins in {chance:4.0%} {'#' * int(30 * chance)}"
+    )
+
+# %% [markdown]
+# For us, the players are replies and the number is their **reward**. Training turns the formula
+# around. We know who won. So the loss is the surprise about it: minus the logarithm of the
+# probability that the model gave to the winner. The naive version takes one pair at a time:
+
+
+# %%
+def naive_loss(better: Tensor, worse: Tensor) -> Tensor:
+    """The surprise that `better` won."""
+    return -F.logsigmoid(better - worse)
+
+
+for better, worse in ((0.0, 0.0), (2.0, 0.0), (0.0, 2.0), (102.0, 100.0)):
+    loss = naive_loss(torch.tensor(better), torch.tensor(worse))
+    print(f"winner {better:5.1f}, loser {worse:5.1f}: loss {loss:.3f}")
+
+# %% [markdown]
+# Knowing nothing costs ln 2, as every fair coin does. Being wrong costs more than being right saves.
+# And look at the last line: only the difference counts. A reward model has no zero of its own, so
+# you will have to set one at the end.
+#
+# ## A head on the last token
+#
+# Where does the number come from? The chat model turns its last vector into scores for the next
+# token. Take that away, and put a single row of weights in its place: the vector goes in, one number
+# comes out. It is read at the reply's **last token**, the only one that has seen all of the reply.
+
+
+# %% tags=["export"]
+class RewardModel(nn.Module):
+    """A GPT that gives a mark in place of a next token: how good is the reply that ends here?
+
+    A linear head reads the last layer's vector at the reply's final token. `mean`, `deviation` and
+    `length_slope` turn its raw number into a mark that is 0 for an average good reply, 1 for one
+    a standard deviation better, and doesn't grow with length alone; `normalize` sets them.
+    `opener` is the token `<|assistant|>`, behind which the reply begins.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    length_slope: Tensor
+
+    def __init__(self, gpt: GPT, opener: int = 6):
+        super().__init__()
+        self.gpt = gpt
+        self.opener = opener
+        # No bias: only differences of marks are learned, and `mean` sets the level.
+        self.head = nn.Linear(gpt.config.width, 1, bias=False, dtype=torch.float32)
+        nn.init.normal_(self.head.weight, std=(gpt.config.width + 1) ** -0.5)
+        self.register_buffer("mean", torch.tensor(0.0))
+        self.register_buffer("deviation", torch.tensor(1.0))
+        self.register_buffer("length_slope", torch.tensor(0.0))
+        self.to(gpt.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.gpt.device
+
+    def forward(
+        self, ids_BT: Tensor, segments_BT: Tensor | None = None, last_B: Tensor | None = None
+    ) -> Tensor:
+        """Return the mark of each row, `[B]`: read at index `last_B`, or at the end of the row.
+
+        What stands behind that index (padding) can't be seen from it, so it changes nothing.
+        """
+        B, T = ids_BT.shape
+        if last_B is None:
+            last_B = torch.full((B,), T - 1, device=ids_BT.device)
+        h_BTD = self.gpt.hidden(ids_BT, segments_BT=segments_BT)
+        h_BD = h_BTD[torch.arange(B, device=h_BTD.device), last_B].float()
+        with torch.autocast(h_BD.device.type, enabled=False):  # marks are compared finely
+            raw_B = self.head(h_BD)[:, 0]
+        raw_B = raw_B - self.length_slope * self.log_lengths(ids_BT, last_B)
+        return (raw_B - self.mean) / self.deviation
+
+    def log_lengths(self, ids_BT: Tensor, last_B: Tensor) -> Tensor:
+        """Return ln(1 + tokens of the reply) of each row, `[B]`."""
+        places_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        opens_BT = (ids_BT == self.opener) & (places_T <= last_B[:, None])
+        return (last_B - (opens_BT * places_T).amax(dim=1)).float().log1p()
+
+
+# %% tags=["export"]
+def right_padded(token_lists: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Return ids `[B, T]` filled up with `pad` on the right, and the last real index `[B]`."""
+    if not all(token_lists):
+        raise ConfigError("A text to score is empty; give it at least one token.")
+    longest = max(len(tokens) for tokens in token_lists)
+    ids_BT = torch.tensor([[*tokens, *[pad] * (longest - len(tokens))] for tokens in token_lists])
+    return ids_BT, torch.tensor([len(tokens) - 1 for tokens in token_lists])
+
+
+# %% tags=["export"]
+@torch.no_grad()
+def score(
+    model: RewardModel, token_lists: Sequence[Sequence[int]], pad: int, batch: int = 32
+) -> Tensor:
+    """Return the mark of each text `[N]`, in order; a text ends with its reply's last token.
+
+    Texts of similar length share a batch, and the shorter ones are padded on the right.
+    """
+    marks_N = torch.zeros(len(token_lists))
+    order = sorted(range(len(token_lists)), key=lambda number: len(token_lists[number]))
+    for start in range(0, len(order), batch):
+        numbers = order[start : start + batch]
+        ids_BT, last_B = right_padded([token_lists[number] for number in numbers], pad)
+        marks_B = model(ids_BT.to(model.device), last_B=last_B.to(model.device))
+        marks_N[numbers] = marks_B.float().cpu()
+    return marks_N
+
+
+# %% [markdown]
+# Texts have different lengths, and rows of a batch must not. So the shorter ones are filled up on the
+# right. A token never looks to its right, so the filling can't change anything. Rather believe the
+# test:
+
+# %% tags=["test"]
+probe = RewardModel(copy.deepcopy(sft)).eval()
+texts = [
+    [2, 5, 40, 41, 3, 6, 50, 3],
+    [2, 5, 40, 3, 6, 3],
+    [2, 5, 40, 41, 42, 43, 3, 6, 50, 51, 52, 3],
+]
+together = score(probe, texts, PAD)
+alone = torch.cat([score(probe, [text], PAD) for text in texts])
+backwards = score(probe, texts[::-1], PAD, batch=2).flip(0)
+torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+torch.testing.assert_close(together, backwards, atol=1e-5, rtol=0)
+
+# %% [markdown]
+# ## All pairs at once
+#
+# A prompt with $K$ ranked replies gives $K(K-1)/2$ pairs. With the naive loss, each pair is an example
+# of its own, and each reply is read once for every pair that it is in.
+
+# %%
+for K in (2, 4, 9):
+    pairs = K * (K - 1) // 2
+    print(f"{K} replies: {pairs:2} pairs; naive {2 * pairs:2} readings, all at once {K}")
+
+# %% [markdown]
+# That is a waste, and worse: one prompt's pairs are almost copies of each other. Spread over an epoch,
+# they make the model see the same reply again and again, and learn it by heart. Ouyang et al. found
+# that a single epoch of such shuffled pairs overfits.
+#
+# Their remedy: all replies of a prompt go through the model **in one batch**, each once. All pairs are
+# formed from these few numbers, and a prompt's loss is the mean over its pairs. A prompt with many
+# replies then counts no more than one with two.
+
+
+# %% tags=["export"]
+def bradley_terry(scores_N: Tensor, better_P: Tensor, worse_P: Tensor, share_P: Tensor) -> Tensor:
+    """Return -ln P(the better one wins), weighted by each pair's share of the whole.
+
+    Bradley and Terry (1952): a reply with mark a beats one with mark b with the probability
+    sigmoid(a - b). `better_P` and `worse_P` are places in `scores_N`.
+    """
+    return -(F.logsigmoid(scores_N[better_P] - scores_N[worse_P]) * share_P).sum() / share_P.sum()
+
+
+# %% tags=["export"]
+class RewardBatch(NamedTuple):
+    """All replies of some prompts: ids `[B, T]`, where to read, and the pairs among the rows."""
+
+    ids_BT: Tensor
+    last_B: Tensor
+    better_P: Tensor
+    worse_P: Tensor
+    share_P: Tensor
+
+
+def collate(groups: Sequence[Group], pad: int) -> RewardBatch:
+    """Put every reply into one row; pairs become pairs of rows."""
+    ids_BT, last_B = right_padded([tokens for group in groups for tokens in group.tokens], pad)
+    better: list[int] = []
+    worse: list[int] = []
+    share: list[float] = []
+    first = 0
+    for group in groups:
+        better += [first + one for one, _ in group.pairs]
+        worse += [first + two for _, two in group.pairs]
+        share += group.weights
+        first += len(group.tokens)
+    return RewardBatch(
+        ids_BT, last_B, torch.tensor(better), torch.tensor(worse), torch.tensor(share)
+    )
+
+
+# %% [markdown]
+# `Group` and `tokenize_groups` come from `tinychat/data/groups.py`: the prompt in the template of
+# chapter 09, and each reply behind it up to its `<|end|>`.
+
+# %% tags=["test"]
+three = torch.tensor([1.0, 0.5, -1.0])  # best first: the pairs differ by 0.5, 2.0 and 1.5
+by_hand = sum(math.log(1 + math.exp(-d)) for d in (0.5, 2.0, 1.5)) / 3
+pairs = torch.tensor([[0, 1], [0, 2], [1, 2]])
+ours = bradley_terry(three, pairs[:, 0], pairs[:, 1], torch.full((3,), 1 / 3))
+assert abs(ours.item() - by_hand) < 1e-6
+
+# %% [markdown]
+# ## Replies of our own model
+#
+# The rejected replies of the corpus are what a *person* thought of as bad. Our model makes other
+# mistakes: it repeats itself, never ends, or hands the question back. A judge that has never seen such
+# replies may well like them, and chapter 12 would find that out at once. So let the model answer some
+# prompts itself, several times each. These are **on-policy** samples.
+#
+# Who ranks them? The written reply is better, that much is safe. Among the samples, a few plain rules
+# decide. You find them in `tinychat/data/onpolicy.py`, and you can disagree with each.
+
+# %%
+print("rules, worst first:", ", ".join(RULES))
+asked = [Message("user", "what do cats eat for breakfast")]
+for text, ended in (
+    ("Mostly cat food, and now and then a mouse.", True),
+    ("What do cats eat for breakfast", True),
+    ("Cats eat cats eat cats eat cats eat cats eat.", True),
+    ("Cats eat many things, and then they", False),
+    ("<|user|> and dogs?", True),
+    ("...", True),
+):
+    print(f"  {flaw_of(asked, text, ended) or 'fine':12} {text}")
+
+# %%
+sampled_from = parts["train"][: amount(40, 16, 4)] + parts["validation"][: amount(40, 16, 4)]
+sampling = Sampling(temperature=1.0, max_tokens=amount(40, 32, 12), seed=0)
+sampled = sample_ranked(sft, tokenizer, sampled_from, sampling, count=3)
+shown = sampled[0]
+print(f"the user: {shown.prompt[-1].content}")
+for reply in shown.replies:
+    kind = "written" if reply.rank == 0 else reply.flaw or "breaks no rule"
+    print(f"  {reply.rank}. {kind:14} {reply.text!r}")
+kinds: dict[str, int] = defaultdict(int)
+for group in sampled:
+    for reply in group.replies[1:]:
+        kinds[reply.flaw or "breaks no rule"] += 1
+print(dict(kinds))
+
+# %% [markdown]
+# ## How good is a judge?
+#
+# Before you train anything, decide how you will measure it. The simplest number is the share of
+# held-out pairs in the right order. Guessing gets half. But one number hides which faults the judge
+# sees and which it doesn't, so there is also a table by flaw.
+
+
+# %% tags=["export"]
+class Judged(NamedTuple):
+    """What a model said of one pair."""
+
+    margin: float
+    "mark of the better reply minus mark of the worse one: right where it is above 0"
+    flaw: str
+    "of the worse reply, where the better one has none"
+    source: str
+
+
+def score_groups(model: RewardModel, groups: Sequence[Group], pad: int) -> list[list[float]]:
+    """Return the mark of every reply, group by group."""
+    return regroup(score(model, [t for group in groups for t in group.tokens], pad), groups)
+
+
+def regroup(marks_N: Tensor, groups: Sequence[Group]) -> list[list[float]]:
+    """Cut one long list of marks into those of each group."""
+    marks = iter(marks_N.tolist())
+    return [list(islice(marks, len(group.tokens))) for group in groups]
+
+
+def judge(groups: Sequence[Group], marks: Sequence[Sequence[float]]) -> list[Judged]:
+    """Compare every pair of every group."""
+    return [
+        Judged(
+            one[better] - one[worse],
+            "" if group.ranked.replies[better].flaw else group.ranked.replies[worse].flaw,
+            group.ranked.source,
+        )
+        for group, one in zip(groups, marks, strict=True)
+        for better, worse in group.pairs
+    ]
+
+
+def accuracy(judged: Iterable[Judged]) -> float:
+    """Return the share of pairs in the right order; equal marks are half right."""
+    points = [0.5 if pair.margin == 0 else float(pair.margin > 0) for pair in judged]
+    return sum(points) / len(points) if points else math.nan
+
+
+def accuracy_by(
+    judged: Iterable[Judged], key: Callable[[Judged], str]
+) -> dict[str, tuple[float, int]]:
+    """Return (accuracy, number of pairs) under each key, the largest number first."""
+    sorted_by: dict[str, list[Judged]] = defaultdict(list)
+    for pair in judged:
+        sorted_by[key(pair)].append(pair)
+    names = sorted(sorted_by, key=lambda name: -len(sorted_by[name]))
+    return {name: (accuracy(sorted_by[name]), len(sorted_by[name])) for name in names}
+
+
+def calibration(margins: Iterable[float], bins: int = 5) -> list[tuple[float, float, int]]:
+    """Return (predicted, true, pairs) of each bin: how often does its favourite really win?
+
+    A margin m says that the favourite wins with the probability sigmoid(|m|), from 0.5 up to 1.
+    It must be a difference of raw marks, before normalising.
+    """
+    found: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for margin in margins:
+        sure = 1 / (1 + math.exp(-min(abs(margin), 50.0)))
+        won = 0.5 if margin == 0 else float(margin > 0)
+        found[min(bins - 1, int((sure - 0.5) * 2 * bins))].append((sure, won))
+    means = {number: np.mean(pairs, axis=0) for number, pairs in sorted(found.items())}
+    return [(float(m[0]), float(m[1]), len(found[number])) for number, m in means.items()]
+
+
+def length_correlation(groups: Sequence[Group], marks: Sequence[Sequence[float]]) -> float:
+    """Return the correlation of mark and log length among the best replies of all prompts.
+
+    They are equally good, so a model that looks at quality alone comes to about 0.
+    """
+    best = [
+        (one[n], math.log1p(len(group.tokens[n]) - group.start))
+        for group, one in zip(groups, marks, strict=True)
+        for n, reply in enumerate(group.ranked.replies)
+        if reply.rank == 0
+    ]
+    values = np.array(best).T
+    if len(best) < 2 or not values.std(axis=1).all():
+        return 0.0
+    return float(np.corrcoef(values)[0, 1])
+
+
+# %% [markdown]
+# A number needs something to stand beside it. How far do you get by *counting words*? The next cell
+# gives each token a weight, and a reply the sum of the weights of its tokens (a **bag of words**). No
+# order, no prompt, no network. What that reaches is no achievement of your reward model.
+
+
+# %% tags=["export"]
+def bag_of_words(
+    groups: Sequence[Group], vocab_size: int, *, decay: float = 3e-3, steps: int = 200
+) -> Tensor:
+    """Return a weight for each token `[V]`: the best that counting words can do (a baseline).
+
+    Logistic regression on the counts of the reply's tokens. It sees no order and no prompt.
+    """
+    batch = collate(groups, pad=0)
+    weight_V = torch.zeros(vocab_size, requires_grad=True)
+    optimizer = torch.optim.Adam([weight_V], lr=0.02)
+    tokens, rows = reply_tokens(groups)
+    for _ in range(steps):
+        scores_N = torch.zeros(len(batch.ids_BT)).index_add(0, rows, weight_V[tokens])
+        loss = bradley_terry(scores_N, batch.better_P, batch.worse_P, batch.share_P)
+        (loss + decay * weight_V.square().sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weight_V.detach()
+
+
+def reply_tokens(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """Return the tokens of all replies in one row, and the number of the reply of each."""
+    replies = [tokens[group.start :] for group in groups for tokens in group.tokens]
+    lengths = torch.tensor([len(reply) for reply in replies])
+    numbers = torch.arange(len(replies)).repeat_interleave(lengths)
+    return torch.tensor([token for reply in replies for token in reply]), numbers
+
+
+def bag_scores(weight_V: Tensor, groups: Sequence[Group]) -> list[list[float]]:
+    """Return the baseline's mark of every reply, group by group."""
+    tokens, rows = reply_tokens(groups)
+    count = sum(len(group.tokens) for group in groups)
+    return regroup(torch.zeros(count).index_add(0, rows, weight_V[tokens]), groups)
+
+
+# %%
+SEQUENCE = 256
+
+
+def tokenized(ranked: Sequence[Ranked]) -> list[Group]:
+    return tokenize_groups(ranked, tokenizer, sequence=SEQUENCE)
+
+
+mine = [group for group in parts["train"] if not for_judge(group.prompt)]
+train = tokenized(mine[: amount(3000, 3000, 40)])
+held_out = tokenized((parts["validation"] + parts["test"])[: amount(240, 80, 12)])
+words = bag_of_words(train, tokenizer.vocab_size, decay=1e-2)
+by_words = judge(held_out, bag_scores(words, held_out))
+print(f"{len(train)} prompts to learn from, {len(held_out)} held out")
+print(
+    f"counting words: {accuracy(judge(train, bag_scores(words, train))):.0%} of the training pairs"
+)
+print(f"                {accuracy(by_words):.0%} of {len(by_words)} held-out pairs")
+order = words.argsort()
+print("bad signs: ", ", ".join(repr(tokenizer.piece(int(id))) for id in order[:12]))
+print("good signs:", ", ".join(repr(tokenizer.piece(int(id))) for id in order.flip(0)[:12]))
+
+# %% [markdown]
+# Surprised? Look at the signs. Whoever writes a bad reply on purpose writes it in another manner, and
+# the manner shows. That is a weakness of every preference set that was made up rather than collected:
+# a model may learn the manner in place of the matter. Keep the line in mind when you read your own
+# model's result below.
+#
+# ## The training loop
+#
+# The parts come from chapter 07: the optimizers, the schedule, a state that survives being killed. New
+# is only what a batch is, and its loss.
+
+
+# %% tags=["export"]
+@dataclass(frozen=True)
+class RewardConfig:
+    """What decides a reward model's training besides the model and the ranked replies."""
+
+    epochs: float = 2.0
+    "readings of all prompts; more are soon learned by heart"
+    batch: int = 16
+    "prompts a step, each with all its replies"
+    sequence: int = 384
+    "longest prompt and reply in tokens"
+    replies: int = 6
+    "most replies of one prompt"
+    matrix_lr: float = 1e-3
+    "Muon's peak rate"
+    vector_lr: float = 3e-4
+    "AdamW's peak rate for embeddings, norms and the head"
+    warmup: float = 0.05
+    "share of the steps in which the rates rise"
+    decay: float = 0.9
+    "share of the steps, at the end, in which the rates fall to zero"
+    clip: float = 1.0
+    "largest norm of the whole gradient"
+    seed: int = 0
+    "decides the head's first weights and the order of the prompts"
+    precision: str = "auto"
+    "bf16 or fp32 matrix products; auto takes bf16 where the machine is fast at it"
+    save_minutes: float = 3.0
+    "time between saved states"
+    evaluate_every: int = 50
+    "steps between looks at held-out pairs"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.epochs < math.inf:
+            raise ConfigError(f"epochs is {self.epochs}; it must be a number above 0.")
+        if self.replies < 2:
+            raise ConfigError(f"replies is {self.replies}; a comparison needs at least 2.")
+        self.loop()  # the loop refuses everything else that makes no sense
+
+    def loop(self) -> TrainConfig:
+        """The same settings for the parts of chapter 07's loop."""
+        shared = asdict(self)
+        for name in ("epochs", "replies"):
+            del shared[name]
+        return TrainConfig(**shared, compiled=False)
+
+
+# %% tags=["export"]
+def neutral(model: RewardModel) -> None:
+    """Let the model give its raw numbers: what training compares."""
+    model.mean.fill_(0.0)
+    model.deviation.fill_(1.0)
+    model.length_slope.fill_(0.0)
+
+
+# %% tags=["export"]
+class RewardLoss:
+    """The loss of a batch, in the form that chapter 07's `train_step` calls."""
+
+    def __init__(self, model: RewardModel, dtype: torch.dtype):
+        self.model, self.dtype = model, dtype
+
+    def __call__(self, batch: RewardBatch) -> Tensor:
+        here = RewardBatch(*(part.to(self.model.device) for part in batch))
+        with torch.autocast(
+            self.model.device.type, self.dtype, enabled=self.dtype != torch.float32
+        ):
+            scores_B = self.model(here.ids_BT, last_B=here.last_B)
+        return bradley_terry(scores_B, here.better_P, here.worse_P, here.share_P)
+
+
+def fit_reward(
+    model: RewardModel,
+    groups: Sequence[Group],
+    config: RewardConfig,
+    folder: str | Path,
+    *,
+    pad: int,
+    minutes: float = 0.0,
+    validation: Sequence[Group] = (),
+    resume: bool = False,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Train `model` in place on ranked replies, and keep the run's state in `folder`.
+
+    Runs for `config.epochs` or, where `minutes` end sooner, as many steps as fit into them. A run
+    that was killed and is called again with `resume=True` goes on to the same numbers. The
+    validation accuracy goes into metrics.jsonl. Raises ConfigError when `folder` holds a run.
+    """
+    folder, started = Path(folder), time.monotonic()
+    stream = GroupBatches(groups, config.batch, config.seed)
+    all_steps = max(1, round(config.epochs * len(groups) / config.batch))
+    # 1. The optimizers of chapter 07; the head joins the vectors.
+    optimizers = make_optimizers(model.gpt, config.loop())
+    head: dict[str, Any] = {"params": [model.head.weight], "weight_decay": 0.0}
+    optimizers[1].add_param_group(head | {"lr": config.vector_lr, "peak_lr": config.vector_lr})
+    loss_function: Any = RewardLoss(model, config.loop().dtype)
+    inside = cast(Any, model)  # the state is packed by parameter names, whatever the module
+    # 2. Take up the saved state, or begin.
+    saved = load_state(folder)
+    if saved is not None and not resume:
+        raise ConfigError(
+            f"{folder} already holds a run; add --resume to go on with it, "
+            "or choose another name with --run."
+        )
+    step, tokens, before, loss, steps = 0, 0, 0.0, math.nan, all_steps
+    if saved is not None:
+        unpack_state(saved[0], inside, optimizers)
+        step, tokens, before = saved[1]["step"], saved[1]["tokens"], saved[1]["seconds"]
+        loss = saved[1]["loss"]
+        steps = steps if minutes or not saved[1]["by_time"] else saved[1]["steps"]
+    budget = Budget(minutes, 0 if minutes else steps)
+    neutral(model)
+
+    def save() -> None:
+        scalars: dict[str, Any] = {"step": step, "steps": budget.steps, "tokens": tokens}
+        scalars |= {"seconds": before + time.monotonic() - started, "config": asdict(config)}
+        scalars |= {"loss": loss, "by_time": budget.steps < all_steps}
+        save_state(folder, pack_state(inside, optimizers), scalars)
+
+    last_save, stopped = time.monotonic(), False
+    with MetricsWriter(folder / "metrics.jsonl", resume_step=step) as writer:
+        batches = stream.batches(step)
+        while step < min(budget.steps, steps) and not stopped:
+            begun = time.monotonic()
+            # 3. One step.
+            factor = min(1.0, (step + 1) / 100)
+            if budget.known:
+                factor = schedule(step, budget.steps, config.warmup, config.decay)
+            batch = collate(next(batches), pad)
+            loss, norm = train_step(
+                loss_function, optimizers, cast(Any, [batch]), factor=factor, clip=config.clip
+            )
+            step += 1
+            read = int(batch.last_B.sum()) + len(batch.last_B)
+            tokens += read
+            seconds = time.monotonic() - begun
+            # 4. Measure and report.
+            row: dict[str, Any] = {"step": step, "loss": loss, "tokens": tokens, "norm": norm}
+            row |= {"lr": factor, "seconds": seconds}
+            if validation and (step % config.evaluate_every == 0 or step == budget.steps):
+                row["accuracy"] = accuracy(judge(validation, score_groups(model, validation, pad)))
+            writer.write(row)
+            left = (budget.steps - step) * seconds if budget.known else math.nan
+            on_step(Progress(step, budget.steps, loss, tokens, read / seconds, left, {}))
+            # 5. Stop when asked to, know the budget, save.
+            stopped = should_stop()
+            if not budget.known:
+                budget.times.append(seconds)
+                if stopped or len(budget.times) == budget.TRIAL:
+                    budget.settle(step, time.monotonic() - started)
+                    budget.steps = min(budget.steps, steps)
+            if budget.known and time.monotonic() - last_save > config.save_minutes * 60:
+                save()
+                last_save = time.monotonic()
+    budget.steps = min(budget.steps, steps)
+    save()
+    return Result(step, budget.steps, tokens, before + time.monotonic() - started, loss, {})
+
+
+# %% [markdown]
+# ## Shuffled pairs against whole prompts
+#
+# Is the remedy worth it? Train twice, on the same few prompts with many replies each (the written
+# one, the corpus's worse ones, and the samples). Once each pair is an example of its own, with all
+# pairs shuffled. Once all pairs of a prompt go together. Both see every pair the same number of times.
+
+# %%
+by_id: dict[str, list[Ranked]] = defaultdict(list)
+for group in sampled:
+    by_id[group.id].append(group)
+
+
+def many_replies(ranked: Sequence[Ranked]) -> list[Group]:
+    """The corpus's replies and, below them, the samples: one order for all."""
+    merged = []
+    for group in ranked:
+        for more in by_id[group.id]:
+            worst = group.replies[-1].rank
+            below = tuple(replace(reply, rank=reply.rank + worst) for reply in more.replies[1:])
+            merged.append(replace(group, replies=group.replies + below))
+    return tokenized(merged)
+
+
+def as_pairs(groups: Sequence[Group]) -> list[Group]:
+    """Every pair as a group of its own: the naive way."""
+    return [
+        replace(
+            group,
+            tokens=(group.tokens[better], group.tokens[worse]),
+            ranked=replace(
+                group.ranked, replies=(group.ranked.replies[better], group.ranked.replies[worse])
+            ),
+            pairs=((0, 1),),
+            weights=(1.0,),
+        )
+        for group in groups
+        for better, worse in group.pairs
+    ]
+
+
+def mean_loss(model: RewardModel, groups: Sequence[Group]) -> float:
+    """The loss over all pairs, a prompt counting once."""
+    marks = [mark for one in score_groups(model, groups, PAD) for mark in one]
+    batch = collate(groups, PAD)
+    return float(bradley_terry(torch.tensor(marks), batch.better_P, batch.worse_P, batch.share_P))
+
+
+few, unseen = many_replies(parts["train"]), many_replies(parts["validation"])
+PLAIN = RewardConfig(batch=4, sequence=SEQUENCE, precision="fp32", warmup=0.1)
+EPOCHS = amount(2, 2, 1)
+
+
+def watched(groups: list[Group], batch: int) -> list[tuple[int, float, float]]:
+    """Train a fresh reward model; returns (epoch, loss on what it reads, loss on the unseen)."""
+    torch.manual_seed(0)
+    model = RewardModel(copy.deepcopy(sft), tokenizer.assistant_id)
+    config = replace(PLAIN, batch=batch, epochs=EPOCHS, decay=0.0, warmup=0.0)
+    found: list[tuple[int, float, float]] = []
+
+    def look(progress: Progress) -> None:
+        if progress.step * EPOCHS // progress.steps > len(found):
+            found.append((len(found) + 1, mean_loss(model, few), mean_loss(model, unseen)))
+
+    with tempfile.TemporaryDirectory() as folder:
+        fit_reward(model, groups, config, folder, pad=PAD, on_step=look)
+    return found
+
+
+pairs_of_few = as_pairs(few)
+replies_of_few = sum(len(group.tokens) for group in few)
+print(
+    f"{len(few)} prompts, {replies_of_few} replies, {len(pairs_of_few)} pairs; {len(unseen)} unseen"
+)
+runs = {"shuffled pairs": watched(pairs_of_few, 16), "whole prompts": watched(few, 4)}
+cost = {"shuffled pairs": 2 * len(pairs_of_few), "whole prompts": replies_of_few}
+print("                 epoch  replies read  loss on read  on unseen  gap")
+for name, table in runs.items():
+    for epoch, read, other in table:
+        print(
+            f"{name:>15} {epoch:6} {epoch * cost[name]:13} {read:13.3f} {other:10.3f} {other - read:5.2f}"
+        )
+
+# %% [markdown]
+# Compare the two after the same number of epochs. Look at the **gap** between the loss on what was
+# read and the loss on unseen prompts: that is learning by heart. And look at what it cost, in replies
+# read. With more data the first epoch's gap is smaller for both, but the cost stays.
+#
+# ## The run
+#
+# Now all of the training prompts that are ours to use, and the samples of those among them.
+# `TINYCHAT_MINUTES` gives it more time; two epochs are the most, since the gap grows with each.
+
+# %%
+minutes = float(os.environ.get("TINYCHAT_MINUTES") or (1 if FAST else 30) / 60)
+torch.manual_seed(0)
+model = RewardModel(copy.deepcopy(sft), tokenizer.assistant_id)
+allowed = {group.id for group in mine}
+data = train + tokenized([group for group in sampled if group.id in allowed])
+log: list[Progress] = []
+config = replace(PLAIN, batch=8)
+with tempfile.TemporaryDirectory() as folder:
+    result = fit_reward(
+        model, data, config, folder, pad=PAD, minutes=minutes, on_step=log.append
+    )  # fmt: skip
+model.eval()
+tenth = max(1, len(log) // 10)
+print(f"{result.steps} steps, {result.steps * config.batch / len(data):.2f} readings of the data")
+for number in range(0, len(log), tenth):
+    some = [progress.loss for progress in log[number : number + tenth]]
+    mean = sum(some) / len(some)
+    print(f"step {log[number].step:4}: loss {mean:.3f} {'#' * round(40 * mean)}")
+
+# %%
+marks = score_groups(model, held_out, PAD)
+judged = judge(held_out, marks)
+table = accuracy_by((pair for pair in judged if pair.flaw), lambda pair: pair.flaw)
+baseline = accuracy_by((pair for pair in by_words if pair.flaw), lambda pair: pair.flaw)
+print(f"{'':14} pairs  model  words")
+print(f"{'all pairs':14} {len(judged):5} {accuracy(judged):6.0%} {accuracy(by_words):6.0%}")
+for flaw, (share, count) in table.items():
+    print(f"{flaw:14} {count:5} {share:6.0%} {baseline[flaw][0]:6.0%}")
+
+# %% [markdown]
+# Read it with its counts: a line with five pairs says next to nothing. The faults of *form* are easy
+# (rude, rambling, repetitive). `wrong` is another matter. To see that a reply is wrong, a judge must
+# know what is right, and a small model knows little. Where it does well there, ask the last column
+# whether it was knowledge.
+#
+# And where the word counter is ahead, it is ahead. A short run of a small network on a small set loses
+# to a good baseline more often than books admit.
+#
+# ## Does it mean what it says?
+#
+# A difference of two marks stands for a probability. So you can ask: of all pairs where the model is
+# about 80 % sure, is it right in 80 %? That is **calibration**. A model that is surer than it is right
+# will mislead chapter 12, which takes every mark at its word.
+
+# %%
+bins = calibration(pair.margin for pair in judged)
+print("says  is right  pairs")
+for says, right, count in bins:
+    print(f"{says:4.0%} {right:9.0%} {count:6} {'#' * round(30 * right)}")
+error = sum(abs(says - right) * count for says, right, count in bins) / len(judged)
+print(f"mean distance: {error:.1%}")
+
+
+# %%
+def picture(name: str, draw: Callable[[Any], Any]) -> None:
+    """Show a figure in a notebook, save it when run as a script, skip it without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("(no picture: matplotlib is not installed)")
+        return
+    if "ipykernel" not in sys.modules:
+        matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = draw(plt)
+    if "ipykernel" in sys.modules:
+        plt.show()
+    else:
+        place = Path("runs/book")
+        place.mkdir(parents=True, exist_ok=True)
+        figure.savefig(place / f"{name}.png", dpi=100)
+        print(f"picture: {place / name}.png")
+    plt.close(figure)
+
+
+def draw_calibration(plt: Any) -> Any:
+    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    axes.plot([0.5, 1], [0.5, 1], color="gray", linestyle="--", label="as sure as right")
+    says, right, sizes = zip(*bins, strict=True)
+    axes.plot(says, right, color="tab:blue", zorder=1)
+    axes.scatter(says, right, s=[20 + 2 * size for size in sizes], color="tab:blue", zorder=2)
+    axes.set(xlabel="what the model says", ylabel="how often it is right", ylim=(0.3, 1.03))
+    axes.legend()
+    return figure
+
+
+picture("11_calibration", draw_calibration)
+
+# %% [markdown]
+# *In the picture:* the share of pairs that the model got right, against the probability that it gave
+# to its favourite; a larger dot stands for more pairs. On the dashed diagonal a judge is exactly as
+# sure as it is right. Below it, it is too sure of itself; the table above has the same numbers.
+#
+# ## Longer is not better
+#
+# People who compare replies tend to like the longer one, and reward models learn it from them faster
+# than anything else. Then a policy that is trained on the marks writes longer and longer. Before you
+# trust a judge, look at replies that are *equally good*: those that were written as the best for
+# their prompts. Their marks should have nothing to do with their length.
+
+# %%
+print(
+    f"correlation of mark and length, written replies: {length_correlation(held_out, marks):+.2f}"
+)
+
+# %% [markdown]
+# Our corpus is nearly balanced: the better reply is the longer one in about half of its pairs. To see
+# the disease properly, make it worse on purpose. The next cell keeps few of the pairs in which the
+# shorter reply wins, then tries two cures.
+#
+# 1. **Balanced pairs**: while training, pairs with a shorter winner weigh so much more that both kinds
+#    weigh the same in total.
+# 2. **Regression**: train as always. Then draw a straight line through mark against log length, over
+#    good replies, and take the line off every mark.
+
+
+# %%
+def longer_wins(group: Group, pair: tuple[int, int]) -> bool:
+    return len(group.tokens[pair[0]]) > len(group.tokens[pair[1]])
+
+
+def biased(groups: Sequence[Group], keep: float = 0.15) -> list[Group]:
+    """Only some of the pairs with a shorter winner stay."""
+    found = []
+    for group in groups:
+        pairs = tuple(
+            pair
+            for pair in group.pairs
+            if longer_wins(group, pair) or zlib.crc32(repr(group.tokens[pair[0]]).encode()) % 100 < 100 * keep
+        )  # fmt: skip
+        if pairs:
+            found.append(replace(group, pairs=pairs, weights=(1 / len(pairs),) * len(pairs)))
+    return found
+
+
+def balanced(groups: Sequence[Group]) -> list[Group]:
+    """The same pairs; those with a longer and those with a shorter winner weigh the same."""
+    total = {True: 0.0, False: 0.0}
+    for group in groups:
+        for pair, weight in zip(group.pairs, group.weights, strict=True):
+            total[longer_wins(group, pair)] += weight
+    return [
+        replace(
+            group,
+            weights=tuple(
+                weight / max(total[longer_wins(group, pair)], 1e-9)
+                for pair, weight in zip(group.pairs, group.weights, strict=True)
+            ),
+        )
+        for group in groups
+    ]
+
+
+# %% tags=["export"]
+def normalize(
+    model: RewardModel, references: Sequence[Sequence[int]], pad: int, *, cure_length: bool = True
+) -> None:
+    """Set the model's three numbers, so that good replies have mean 0 and deviation 1.
+
+    `references` are texts with good replies that the model was not trained on. With `cure_length`,
+    what their marks owe to their length (the slope of a straight line through mark against log
+    length) is taken off first. Raises DataError for fewer than two.
+    """
+    if len(references) < 2:
+        raise DataError("Normalising takes at least two reference replies; give more.")
+    neutral(model)
+    raw_N = score(model, references, pad).double()
+    x_N = model.log_lengths(*right_padded(references, pad)).double()
+    spread = float(x_N.var())
+    if cure_length and spread > 0:
+        slope = float(((x_N - x_N.mean()) * (raw_N - raw_N.mean())).sum() / (len(x_N) - 1) / spread)
+        model.length_slope.fill_(slope)
+        raw_N = raw_N - slope * x_N
+    model.mean.fill_(float(raw_N.mean()))
+    model.deviation.fill_(max(float(raw_N.std()), 1e-6))
+
+
+# %%
+def learned(groups: Sequence[Group]) -> RewardModel:
+    """A short training from the same start."""
+    torch.manual_seed(0)
+    fresh = RewardModel(copy.deepcopy(sft), tokenizer.assistant_id)
+    with tempfile.TemporaryDirectory() as folder:
+        fit_reward(fresh, groups, replace(config, epochs=1), folder, pad=PAD, minutes=SHORT)
+    return fresh.eval()
+
+
+SHORT = (0.5 if FAST else 8) / 60
+sick_data = biased(train[: amount(600, 120, 24)])
+share = sum(longer_wins(g, p) for g in sick_data for p in g.pairs) / sum(
+    len(g.pairs) for g in sick_data
+)
+print(f"the longer reply wins in {share:.0%} of the biased training pairs")
+strangers = tokenized([g for g in parts["train"] if for_judge(g.prompt)][: amount(150, 60, 12)])
+good_ones = [group.tokens[0] for group in strangers]
+sick, treated = learned(sick_data), learned(balanced(sick_data))
+found = {"biased": score_groups(sick, held_out, PAD)}
+found["1. balanced pairs"] = score_groups(treated, held_out, PAD)
+normalize(sick, good_ones, PAD)
+found["2. regression"] = score_groups(sick, held_out, PAD)
+print(f"{'':20} correlation with length   held-out pairs right")
+for name, its_marks in found.items():
+    right = accuracy(judge(held_out, its_marks))
+    print(f"{name:20} {length_correlation(held_out, its_marks):+23.2f} {right:22.0%}")
+
+# %% [markdown]
+# Regression does what it says by construction: on the replies that the line was fitted to, the
+# correlation is exactly zero, and on others it is small. It costs no training and works on whatever
+# data you have. Balancing only takes the reason away, and what the model began with stays. So the
+# package uses the regression. The price: where length *is* the fault (`toolong`, `tooshort`), the
+# judge becomes a little blinder. Look at both columns.
+#
+# ## A zero and a yardstick
+#
+# Only differences were learned, so the marks of a fresh model may lie anywhere, and their spread
+# depends on how long you trained. Chapter 12 wants numbers that mean the same every time. `normalize`,
+# which you have just used, sets both: over good replies that were not trained on, the marks get mean
+# 0 and deviation 1. A reply with 0 is then as good as an average good one.
+
+# %%
+raw_deviation = float(score(model, good_ones, PAD).std())
+normalize(model, good_ones, PAD)
+good_marks = score(model, good_ones, PAD)
+print(
+    f"good replies, not trained on: mean {good_marks.mean():+.3f}, deviation {good_marks.std():.3f}"
+)
+marks = score_groups(model, held_out, PAD)
+after = judge(held_out, marks)
+print(f"held-out pairs right: {accuracy(judged):.1%} before, {accuracy(after):.1%} after")
+print(f"correlation with length: {length_correlation(held_out, marks):+.2f}")
+best = torch.tensor([one[0] for one in marks])
+worse = torch.tensor([mark for one in marks for mark in one[1:]])
+print(f"held-out replies: written {best.mean():+.2f}, rejected {worse.mean():+.2f} on average")
+
+# %% tags=["test"]
+assert abs(good_marks.mean().item()) < 1e-3 and abs(good_marks.std().item() - 1) < 1e-3
+
+# %% [markdown]
+# ## Somebody else to judge
+#
+# Chapter 12 will push the chat model towards high marks, and it will find every weakness of this
+# judge. Marks from the same judge then prove nothing, as little as an exam that the pupil has seen
+# before. So all training prompts were cut into two halves by a hash of the prompt. You trained on one.
+# From the other, `tinychat train reward --judge` makes a second reward model that the chat model is
+# never trained on. It only ever measures.
+
+# %% tags=["test"]
+for_the_judge = {prompt_key(g.prompt) for g in parts["train"] if for_judge(g.prompt)}
+assert not for_the_judge & {prompt_key(group.prompt) for group in mine}
+print(
+    f"{len(mine)} prompts for the reward model, {len(for_the_judge)} for the judge, none for both"
+)
+
+# %% [markdown]
+# ## Keep it
+#
+# A reward checkpoint is an SFT checkpoint with two more tensors: the head, and the three numbers that
+# `normalize` set. You can't chat with it: it reads and gives marks, and has nothing to say.
+
+
+# %% tags=["export"]
+def save_reward(
+    path: str | Path,
+    model: RewardModel,
+    *,
+    tokenizer: Tokenizer,
+    lineage: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    quantize: Literal["int8", "bf16", "fp32"] = "int8",
+) -> CheckpointInfo:
+    """Write a checkpoint of the stage "reward": the GPT's weights and two more tensors."""
+    extra = {
+        "reward.head": model.head.weight[0],  # a vector, so that it stays float32 in int8 files
+        "reward.numbers": torch.stack([model.mean, model.deviation, model.length_slope]),
+    }
+    return checkpoint.save(
+        path,
+        stage="reward",
+        config=asdict(model.gpt.config),
+        state={**model.gpt.state_dict(), **extra},
+        tokenizer=tokenizer.model,
+        lineage=dict(lineage),
+        metrics=dict(metrics),
+        quantize=quantize,
+    )
+
+
+def load_reward(path: str | Path) -> tuple[RewardModel, Tokenizer, CheckpointInfo]:
+    """Read a reward checkpoint; the model is in float32 and in evaluation mode.
+
+    Raises CheckpointError in one sentence for whatever is wrong with the file.
+    """
+    loaded = checkpoint.load(path)
+    info = loaded.info
+    if info.stage != "reward":
+        raise CheckpointError(
+            f"{path} is of the stage {info.stage}, which gives no marks; "
+            "name a reward checkpoint, or make one with `tinychat train reward`."
+        )
+    state = dict(loaded.state)
+    head_D = state.pop("reward.head", torch.empty(0))
+    numbers = state.pop("reward.numbers", torch.empty(0))
+    if head_D.shape != (info.config["width"],) or numbers.shape != (3,) or not numbers[1] > 0:
+        raise CheckpointError(
+            f"{path}: the reward model's head is missing or misshapen; "
+            "get or train the checkpoint again."
+        )
+    rest = replace(info, parameters=info.parameters - head_D.numel() - numbers.numel())
+    gpt, tokenizer = build_model(Checkpoint(rest, state, loaded.tokenizer))
+    model = RewardModel(gpt, tokenizer.assistant_id)
+    with torch.no_grad():
+        model.head.weight.copy_(head_D)
+    for buffer, value in zip(
+        (model.mean, model.deviation, model.length_slope), numbers, strict=True
+    ):
+        buffer.copy_(value)
+    return model.eval(), tokenizer, info
+
+
+# %%
+saved = save_reward(
+    "runs/book/reward.safetensors",
+    model,
+    tokenizer=tokenizer,
+    lineage={
+        "parent": parent,
+        "data": {"dialogues": {"licence": "CC0-1.0", "prompts": len(train)}},
+        "tokens": result.tokens,
+        "steps": result.steps,
+        "minutes": round(result.seconds / 60, 2),
+    },
+    metrics={
+        "accuracy": accuracy(after),
+        "pairs": len(after),
+        "baseline": accuracy(by_words),
+        "length_correlation": length_correlation(held_out, marks),
+    },
+)
+print(f"{saved.path}: {saved.bytes / 1e6:.1f} MB")
+again, _, _ = load_reward(saved.path)
+drift = (score(again, good_ones, PAD) - good_marks).abs().max()
+print(f"largest change of a mark by storing it in eight bits: {drift:.3f}")
+
+# %% [markdown]
+# Let it mark a few replies to one question. It is a small model and a short run, so be fair, and don't
+# expect to agree.
+
+
+# %%
+def mark(question: str, replies: Sequence[str]) -> list[float]:
+    """The reward of each reply to a question."""
+    ranked = Ranked(
+        (Message("user", question),),
+        tuple(Reply(text, n) for n, text in enumerate(replies)),
+        source="here",
+        id="here",
+    )
+    return score_groups(again, tokenized([ranked]), PAD)[0]
+
+
+SAID = [
+    "Bake it at 180 degrees for half an hour. What kind of cake is it?",
+    "Why would you even ask that? Everybody knows it.",
+    "cake cake cake cake cake cake cake cake",
+    "I had cake once and I was there and it was nice and then I was there and it was a cake.",
+]
+for text, its in sorted(
+    zip(SAID, mark("how long do i bake a cake", SAID), strict=True), key=lambda p: -p[1]
+):
+    print(f"{its:+.2f}  {text}")
+
+# %% [markdown]
+# If a real reward checkpoint is around, here is what it says of itself.
+
+# %%
+if shipped := find_first("reward"):
+    card = checkpoint.read_info(shipped)
+    print(f"{card.path}: {card.parameters / 1e6:.1f} M weights, from {card.lineage.get('parent')}")
+    for key in ("accuracy", "pairs", "baseline", "length_correlation"):
+        print(f"  {key}: {card.metrics.get(key, 'not recorded')}")
+    for flaw, line in card.metrics.get("by_flaw", {}).items():
+        print(f"  {flaw:14} {line}")
+else:
+    print("no shipped reward checkpoint here: `tinychat train reward` makes one")
+
+# %% [markdown]
+# ## Your own taste
+#
+# All of this learned the taste of whoever wrote the corpus. It can learn yours: compare replies in the
+# terminal (`tinychat duel`), and give the file to `tinychat train reward --votes FILE`. Ties teach
+# nothing: the loss only knows winners.
+#
+# ## What we left out
+#
+# - **Several judges**, whose disagreement warns you where none of them knows. Chapter 12 tries it.
+# - **Marks for parts of a reply** (process rewards): a long solution can be right up to one line.
+# - **No reward model at all.** Direct preference optimisation (Rafailov et al. 2023) puts the same
+#   Bradley-Terry loss on the chat model itself. It is simpler, and there is nothing to look at.
+# - **People.** Hired ones, many, with guidelines and checks. Even they agree with each other in only
+#   about three of four pairs, which is a ceiling for any model of them.
+#
+# ## Where this is in the package
+#
+# Everything tagged `export` here is `tinychat/reward_model.py`. The ranked replies come from
+# `tinychat/data/preferences.py`, the rules for samples from `tinychat/data/onpolicy.py`.
+# `tinychat train reward` calls `fit_reward` with the whole corpus, with public comparisons if you
+# have them, and with your votes.
+#
+# ## Exercises
+#
+# **1. Intransitive tastes.** Bradley and Terry give each player one number. Suppose that A beats B, B
+# beats C and C beats A, each in 90 of 100 games. Fit three numbers by gradient descent. What comes out,
+# and what is the loss?
+
+# %% tags=["solution"]
+strength = torch.randn(3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+for _ in range(300):
+    wins = torch.tensor([[0, 1], [1, 2], [2, 0]])
+    share_of = torch.tensor([0.9, 0.9, 0.9])
+    loss = bradley_terry(strength, wins[:, 0], wins[:, 1], share_of)
+    loss = 0.9 * loss + 0.1 * bradley_terry(strength, wins[:, 1], wins[:, 0], share_of)
+    (gradient,) = torch.autograd.grad(loss, strength)
+    strength = (strength - gradient).detach().requires_grad_()
+print(f"numbers {[round(s, 3) for s in (strength - strength.mean()).tolist()]}, loss {loss:.3f}")
+assert abs(loss.item() - math.log(2)) < 1e-3, "a coin toss: no numbers can tell this story"
+
+# %% [markdown]
+# **2. Which token?** We read the mark at the last token. Try the mean of the vectors over the whole
+# reply instead (keep the model, change only what the head reads), and look how far the marks of the
+# trained model agree with those at the end. Why could the mean be worse even after training?
+
+# %% tags=["solution"]
+some = held_out[: amount(40, 20, 6)]
+at_end, on_average = [], []
+with torch.no_grad():
+    for group in some:
+        h_TD = model.gpt.hidden(torch.tensor([group.tokens[0]]))[0]
+        at_end.append(float(model.head(h_TD[-1])))
+        on_average.append(float(model.head(h_TD[group.start :].mean(dim=0))))
+agreement = float(np.corrcoef(at_end, on_average)[0, 1])
+print(f"correlation of the two marks: {agreement:.2f}")
+# Vectors in the middle were never asked for a verdict, and the early ones have seen almost nothing of
+# the reply. Averaging lets them vote all the same; a "not" near the end would hardly count.
+
+# %% [markdown]
+# **3. How many people?** Two people agree on 75 % of pairs. Suppose that there is a true order, and
+# that each person finds it with the same probability, independently. What is that probability? How
+# often is the majority of three right?
+
+# %% tags=["solution"]
+# They agree if both are right or both are wrong: p² + (1 - p)² = 0.75.
+p = (1 + math.sqrt(2 * 0.75 - 1)) / 2
+majority = p**3 + 3 * p**2 * (1 - p)
+print(f"each is right in {p:.0%}, three together in {majority:.0%}")
+assert abs(p * p + (1 - p) ** 2 - 0.75) < 1e-9 and majority > p
+
+# %% [markdown]
+# ## Check yourself
+#
+# 1. *All marks of a reward model grow by 100. What happens to its loss?* Nothing: it only sees
+#    differences. That is why `normalize` has to set the zero.
+# 2. *Why is the mark read at the last token and not at the first one of the reply?* A token sees only
+#    what stands before it. The first one has seen nothing of the reply yet.
+# 3. *Nine replies to a prompt are ranked. How many times does each go through the model?* Once; the 36
+#    pairs are made of nine numbers.
+# 4. *A judge gets 80 % of pairs right, a word counter 82 %. What have you shown?* Not yet that the
+#    judge understands anything that the words don't give away.
+#
+# ## Sources
+#
+# - R. A. Bradley, M. E. Terry:
+#   [Rank Analysis of Incomplete Block Designs](https://doi.org/10.2307/2334029) (1952).
+# - N. Stiennon et al.:
+#   [Learning to summarize from human feedback](https://arxiv.org/abs/2009.01325) (2020). The head on
+#   the last token, starting from the fine-tuned model, normalised to mean 0 for reference texts.
+# - L. Ouyang et al.:
+#   [Training language models to follow instructions with human feedback](https://arxiv.org/abs/2203.02155)
+#   (2022). All pairs of a prompt in one batch, section 3.5.
+# - P. Singhal, T. Goyal, J. Xu, G. Durrett:
+#   [A Long Way to Go: Investigating Length Correlations in RLHF](https://arxiv.org/abs/2310.03716)
+#   (2023). How much of the gain is length.
+# - R. Rafailov et al.:
+#   [Direct Preference Optimization](https://arxiv.org/abs/2305.18290) (2023).

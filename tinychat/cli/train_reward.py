@@ -1,0 +1,268 @@
+"""`tinychat train reward`: wires ranked replies to the reward model, and reports how good it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tinychat.cli.progress import training_progress
+from tinychat.cli.reward_report import print_report, report
+from tinychat.cli.runs import (
+    budget_of,
+    check_minutes,
+    check_sequence,
+    curve,
+    find_checkpoint,
+    is_written,
+    last_loss,
+    lineage_of,
+    override,
+    read_record,
+    run_folder,
+    settings_of,
+    update_record,
+    write_record,
+)
+from tinychat.cli.train import Data, Device, Minutes, Resume, Settings, train_app
+from tinychat.runtime.device import reuse_memory
+from tinychat.runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from tinychat.data.groups import Group
+    from tinychat.reward_model import RewardModel
+    from tinychat.tokenizer import Tokenizer
+
+OWN_SAMPLES = "on_policy.jsonl"
+REFERENCES = 400  # good replies that set mean and deviation
+UNSEEN_PROMPTS = 40  # held-out prompts that the sampler answers too, to measure on
+
+
+@train_app.command()
+def reward(
+    start: Annotated[
+        str, typer.Option("--from", metavar="CKPT", help="The chat model to begin with.")
+    ] = "sft",
+    minutes: Minutes = None,
+    data: Data = None,
+    resume: Resume = False,
+    run: Annotated[str, typer.Option(metavar="NAME", help="Folder name under runs/.")] = "reward",
+    judge: Annotated[
+        bool,
+        typer.Option("--judge", help="Learn from the other half of the prompts, only to measure."),
+    ] = False,
+    votes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Your own comparisons, as `tinychat duel` writes them."),
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option(metavar="N", help="Prompts that a model answers itself, to learn its flaws."),
+    ] = 300,
+    sampler: Annotated[
+        str | None,
+        typer.Option(metavar="CKPT", help="The model that answers; the one of --from if left out."),
+    ] = None,
+    settings: Settings = None,
+    device: Device = "auto",
+) -> None:
+    """Train a reward model on ranked replies, to `runs/NAME/reward.safetensors`.
+
+    Example: tinychat train reward --from sft --votes votes.jsonl
+    """
+    reuse_memory()
+    import torch
+
+    from tinychat.data.groups import tokenize_groups
+    from tinychat.data.preferences import (
+        by_part,
+        corpus_ranked,
+        for_judge,
+        public_ranked,
+        read_ranked,
+        read_rated,
+        read_votes,
+    )
+    from tinychat.data.public import data_folder
+    from tinychat.gpt import load_model
+    from tinychat.reward_model import RewardConfig, RewardModel, fit_reward, normalize
+    from tinychat.runtime.checkpoint import file_sha256
+    from tinychat.runtime.device import pick_device, set_threads
+
+    # 1. Everything that can be wrong is found before the first minute is spent.
+    if minutes is not None:
+        check_minutes(minutes, resume)
+    if samples < 0:
+        raise ConfigError(f"--samples is {samples}; give 0 for none, or a number of prompts.")
+    folder = run_folder(run, resume)
+    if resume:
+        record = read_record(folder, "reward_of")
+    else:
+        record = {
+            "reward_of": str(find_checkpoint(start)),
+            "judge": judge,
+            "votes": str(votes) if votes else None,
+            "samples": samples,
+            "sampler": str(find_checkpoint(sampler)) if sampler else None,
+            "data": str(data) if data else None,
+        }
+        record["sha256"] = file_sha256(record["reward_of"])
+    chosen = settings_of(record, settings, minutes)
+    config = override(RewardConfig(), chosen)
+    path = folder / "reward.safetensors"
+    if resume and minutes is None and not settings and is_written(path):
+        print(f"{path} is finished already; give --minutes or --set epochs=N to train it longer.")
+        return
+    if file_sha256(record["reward_of"]) != record["sha256"]:
+        raise ConfigError(
+            f"{record['reward_of']} has changed since this run began; "
+            "put the old file back, or start another run with --run NAME."
+        )
+    minutes = minutes or budget_of(record, folder)
+    place = pick_device(device)
+    set_threads()
+    gpt, pieces, info = load_model(record["reward_of"])
+    check_sequence(config.sequence, gpt.config.context)
+    public = data_folder(record["data"])
+    other = load_model(record["sampler"]) if record["sampler"] else None
+    if other and other[1].sha256 != pieces.sha256:
+        raise ConfigError(f"{record['sampler']} has another tokenizer than {record['reward_of']}.")
+
+    # 2. Ranked replies. Half of the training prompts are the judge's alone; votes never are.
+    own_votes = read_votes(Path(record["votes"])) if record["votes"] else []
+    ranked = [*corpus_ranked(), *(public_ranked(public) if public else [])]
+    rated = list(read_rated(public)) if public else []
+    parts = by_part(ranked)
+    half = [group for group in parts["train"] if for_judge(group.prompt) == record["judge"]]
+    strangers = [group for group in parts["train"] if for_judge(group.prompt) != record["judge"]]
+    unseen = [*parts["validation"], *parts["test"]]
+    if not resume:
+        write_record(folder, record | {"set": chosen, "minutes": minutes})
+    elif settings:
+        update_record(folder, record | {"set": chosen})
+    kept = folder / OWN_SAMPLES
+    if record["samples"] and not kept.is_file():
+        asked = [group for group in half if group.source == "corpus"][: record["samples"]]
+        asked += [group for group in unseen if group.source == "corpus"][:UNSEEN_PROMPTS]
+        take_samples(other[0] if other else gpt, pieces, asked, kept, place, config.seed)
+    extra = read_ranked(kept, "on-policy", 0.5) if kept.is_file() else []
+    more = by_part([*extra, *([] if record["judge"] else own_votes)])
+
+    def tokens_of(groups: Sequence[Any]) -> list[Group]:
+        return tokenize_groups(groups, pieces, sequence=config.sequence, most=config.replies)
+
+    train = tokens_of([*half, *more["train"]])
+    validation = tokens_of([*parts["validation"], *more["validation"]])
+    held_out = validation + tokens_of([*parts["test"], *more["test"]])
+    references = [
+        group.tokens[0] for group in tokens_of([g for g in strangers if g.source == "corpus"])
+    ][:REFERENCES]
+
+    # 3. Train.
+    torch.manual_seed(config.seed)
+    model = RewardModel(gpt, pieces.assistant_id).to(place).train()
+    title = f"reward: {len(train):,} prompts"
+    with training_progress(title, gpt.config.parameters, True) as (show, stop):
+        result = fit_reward(
+            model,
+            train,
+            config,
+            folder,
+            pad=pieces.pad_id,
+            minutes=minutes or 0.0,
+            validation=[group for group in validation if group.ranked.source == "corpus"],
+            resume=resume,
+            on_step=show,
+            should_stop=stop,
+        )
+    if not result.finished:
+        print(
+            f"Stopped and saved at step {result.step}. "
+            f"Go on with: tinychat train reward --run {run} --resume"
+        )
+        raise typer.Exit(130)
+
+    # 4. Set zero and yardstick, measure, write, show.
+    model.eval()
+    normalize(model, references, pieces.pad_id)
+    metrics = report(model, train, held_out, pieces, rated)
+    metrics |= {"loss": last_loss(result, folder), "curve": curve(folder)}
+    lineage = lineage_of(
+        result,
+        data=sources_of(train, votes=record["votes"]),
+        settings=asdict(config),
+        parent=record["reward_of"],
+        parent_sha256=record["sha256"],
+        half="judge" if record["judge"] else "reward",
+        sampler=record["sampler"] or record["reward_of"],
+        ancestors=[info.lineage],
+    )
+    saved = write_reward(path, model, pieces, lineage, metrics, references)
+    print_report(metrics)
+    print(f"\n{path}: {saved.bytes / 1e6:.1f} MB.")
+    if record["judge"]:
+        print("A judge: measure with it, and never train a policy on it.")
+    else:
+        print(f"Next: tinychat train ppo --from {record['reward_of']} --reward {path}")
+
+
+def take_samples(
+    gpt: Any, pieces: Tokenizer, asked: Sequence[Any], path: Path, place: torch.device, seed: int
+) -> None:
+    """Let a model answer each prompt three times, and keep its ranked replies as a file."""
+    from tinychat.data.onpolicy import sample_ranked
+    from tinychat.data.preferences import write_ranked
+    from tinychat.generation import Sampling
+
+    print(f"Sampling replies to {len(asked)} prompts ...")
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=96, seed=seed)
+    write_ranked(path, sample_ranked(gpt.to(place), pieces, asked, sampling, count=3))
+
+
+def sources_of(train: Sequence[Group], votes: str | None) -> dict[str, Any]:
+    """What a model card must say of the data."""
+    from tinychat.data.public import sources
+
+    public = {entry.name: entry for entry in sources("preference")}
+    found: dict[str, Any] = {}
+    for group in train:
+        name = group.ranked.source
+        entry = public.get(name)
+        line = found.setdefault(name, {"licence": "CC0-1.0", "prompts": 0})
+        line["prompts"] += 1
+        if entry:
+            line |= {"licence": entry.licence, "attribution": entry.attribution}
+            line["sha256"] = entry.sha256
+        elif name == "votes":
+            line |= {"licence": "the user's", "file": votes}
+    return found
+
+
+def write_reward(
+    path: Path,
+    model: RewardModel,
+    pieces: Tokenizer,
+    lineage: dict[str, Any],
+    metrics: dict[str, Any],
+    references: Sequence[Sequence[int]],
+) -> Any:
+    """Write int8 where marks move by less than a tenth of a deviation on average, else bf16."""
+    from tinychat.reward_model import load_reward, save_reward, score
+
+    exact = score(model, references, pieces.pad_id)
+    kinds: tuple[Any, ...] = ("int8", "bf16")
+    for kind in kinds:
+        save_reward(path, model, tokenizer=pieces, lineage=lineage, metrics=metrics, quantize=kind)
+        stored = load_reward(path)[0].to(model.device)
+        moved = float((score(stored, references, pieces.pad_id) - exact).abs().mean())
+        if moved < 0.1:
+            break
+    metrics["storage_moves_marks_by"] = round(moved, 4)
+    return save_reward(
+        path, model, tokenizer=pieces, lineage=lineage, metrics=metrics, quantize=kind
+    )
