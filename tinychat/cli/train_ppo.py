@@ -1,0 +1,339 @@
+"""`tinychat train ppo`: wires policy, reward model and prompts to the loop, and reports."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tinychat.cli.progress import clock
+from tinychat.cli.runs import (
+    budget_of,
+    check_minutes,
+    find_checkpoint,
+    is_written,
+    lineage_of,
+    override,
+    read_record,
+    run_folder,
+    settings_of,
+    update_record,
+    write_checkpoint,
+    write_record,
+)
+from tinychat.cli.train import Data, Device, Minutes, Resume, Settings, train_app
+from tinychat.runtime.device import reuse_memory
+from tinychat.runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tinychat.data.records import Message
+    from tinychat.gpt import GPT
+    from tinychat.ppo import PPOProgress
+    from tinychat.tokenizer import Tokenizer
+
+PROMPT_TOKENS = 128  # longer prompts are left out: they cost much and say little about the reply
+HELD_OUT = 96  # prompts of the report
+REPORT = ("score", "kl", "length", "ended", "distinct_2", "repetition", "entropy")
+
+
+@train_app.command()
+def ppo(
+    start: Annotated[
+        str, typer.Option("--from", metavar="CKPT", help="The chat model to begin with.")
+    ] = "sft",
+    reward: Annotated[
+        str, typer.Option("--reward", metavar="CKPT", help="The reward model that gives marks.")
+    ] = "reward",
+    minutes: Minutes = None,
+    data: Data = None,
+    resume: Resume = False,
+    run: Annotated[str, typer.Option(metavar="NAME", help="Folder name under runs/.")] = "ppo",
+    settings: Settings = None,
+    device: Device = "auto",
+) -> None:
+    """Raise a chat model's marks by PPO, to `runs/NAME/rlhf.safetensors`.
+
+    Example: tinychat train ppo --from sft --reward reward --minutes 30
+    """
+    reuse_memory()
+    from tinychat.gpt import load_model
+    from tinychat.ppo import ActorCritic, PPOConfig, collect, summary, train_ppo
+    from tinychat.pretraining import LossFunction, Result, bits_per_byte, bytes_of_tokens
+    from tinychat.reward_model import load_reward, score
+    from tinychat.runtime.checkpoint import file_sha256
+    from tinychat.runtime.device import pick_device, set_threads
+
+    # 1. Everything that can be wrong is found before the first minute is spent.
+    if minutes is not None:
+        check_minutes(minutes, resume)
+    folder = run_folder(run, resume)
+    if resume:
+        record = read_record(folder, "reward")
+    else:
+        record = {"from": str(find_checkpoint(start)), "reward": str(find_checkpoint(reward))}
+        record["sha256"] = {name: file_sha256(record[name]) for name in ("from", "reward")}
+    chosen = settings_of(record, settings, minutes)
+    config = override(PPOConfig(), chosen)
+    path = folder / "rlhf.safetensors"
+    if resume and minutes is None and not settings and is_written(path):
+        print(f"{path} is finished already; give --minutes or --set steps=N to train it longer.")
+        return
+    for name, digest in record["sha256"].items():
+        if file_sha256(record[name]) != digest:
+            raise ConfigError(
+                f"{record[name]} has changed since this run began; "
+                "put the old file back, or start another run with --run NAME."
+            )
+    minutes = minutes or budget_of(record, folder)
+    if not minutes and not config.steps and not resume:
+        raise ConfigError("How long? Give a budget, for instance --minutes 30 or --set steps=100.")
+    data = data or (Path(record["data"]) if record.get("data") else None)
+    place = pick_device(device)
+    set_threads()
+    reference, pieces, info = load_model(record["from"])
+    if info.stage == "base":
+        raise ConfigError(
+            f"{record['from']} is a base model and has no manners to keep yet; "
+            "fine-tune it with `tinychat train sft` first."
+        )
+    marker, its_pieces, reward_info = load_reward(record["reward"])
+    if its_pieces.sha256 != pieces.sha256:
+        raise ConfigError(
+            f"{record['reward']} has another tokenizer than {record['from']}; "
+            "train a reward model from this chat model."
+        )
+    reads = min(reference.config.context, marker.gpt.config.context)
+    room = min(PROMPT_TOKENS, reads - config.max_tokens)
+    prompts, held_out, sources = find_prompts(data, pieces, room)
+    if not resume:
+        kept = {"set": chosen, "minutes": minutes, "data": str(data) if data else None}
+        write_record(folder, record | kept)
+    elif settings:
+        update_record(folder, record | {"set": chosen})
+
+    def marks(prompts: list[list[int]], replies: list[list[int]]) -> Any:
+        texts = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
+        return score(marker, texts, pieces.pad_id)
+
+    # 2. The same held-out prompts and the same dice, before and after.
+    from tinychat.generation import make_generator, stop_ids
+
+    marker, reference = marker.to(place), reference.to(place)
+    tokens: dict[str, Any] = {"stop": stop_ids(pieces), "end": pieces.end_id, "pad": pieces.pad_id}
+
+    def measure(gpt: GPT) -> tuple[list[list[int]], list[float], dict[str, float]]:
+        look = collect(
+            ActorCritic(gpt),
+            reference,
+            held_out,
+            marks,
+            config,
+            beta=0.0,
+            **tokens,
+            generator=make_generator(0, place),
+        )
+        return look.replies, look.scores_B.tolist(), summary(look)
+
+    policy = ActorCritic(copy.deepcopy(reference))
+    reference.requires_grad_(False)
+    old_replies, old_scores, before = measure(reference)
+
+    # 3. Train.
+    title = f"ppo: {len(prompts):,} prompts, {reference.config.parameters / 1e6:.1f} M parameters"
+    with ppo_progress(title) as (show, stop):
+        done = train_ppo(
+            policy,
+            reference,
+            prompts,
+            marks,
+            config,
+            folder,
+            **tokens,
+            minutes=minutes or 0.0,
+            resume=resume,
+            on_step=show,
+            should_stop=stop,
+        )
+    if not done.finished:
+        print(
+            f"Stopped and saved at step {done.step}. "
+            f"Go on with: tinychat train ppo --run {run} --resume"
+        )
+        raise typer.Exit(130)
+
+    # 4. Measure, write, show.
+    gpt = policy.gpt.eval()
+    replies, scores, after = measure(gpt)
+    result = Result(done.step, done.steps, done.tokens, done.seconds, 0.0, {})
+    lineage = lineage_of(
+        result,
+        data=sources,
+        settings=asdict(config),
+        parent=record["from"],
+        parent_sha256=record["sha256"]["from"],
+        reward=record["reward"],
+        reward_sha256=record["sha256"]["reward"],
+        ancestors=[info.lineage, reward_info.lineage],
+    )
+    metrics = {
+        "held_out_prompts": len(held_out),
+        "before": before,
+        "after": after,
+        "curve": score_curve(folder),
+    }
+    token_bytes_V = bytes_of_tokens(pieces)
+
+    def stored_bits(stored: GPT) -> float:
+        exact = LossFunction(stored.to(place), compiled=False, dtype=PPOConfig().dtype)
+        return bits_per_byte(exact, unseen_batches(pieces, stored.config.context), token_bytes_V)
+
+    saved = write_checkpoint(path, gpt, "rlhf", pieces, lineage, metrics, stored_bits)
+    write_samples(
+        folder / "samples.txt", pieces, held_out, (old_replies, old_scores), (replies, scores)
+    )
+    print(f"On {len(held_out)} unseen prompts:     before    after")
+    for name in REPORT:
+        print(f"  {name:>20} {before[name]:9.3f} {after[name]:9.3f}")
+    print(f"{path}: {saved.bytes / 1e6:.1f} MB. Replies side by side: {folder / 'samples.txt'}")
+    print(f"Talk to it: tinychat chat --ckpt {path}")
+
+
+def find_prompts(
+    data: Path | None, pieces: Tokenizer, room: int
+) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
+    """Return prompts to train on, held-out ones, and what the model card must say of them.
+
+    Every user turn of our corpus with what was said before it and, with a data folder, the public
+    prompts. The held-out ones are of the corpus's validation part; no prompt stands on both sides.
+    """
+    from tinychat.data import corpus
+    from tinychat.data.jsonl import parse_dialogue, parse_lines, read_lines
+    from tinychat.data.preferences import prompt_key
+    from tinychat.data.public import data_folder, source, source_path
+    from tinychat.data.split import split_of
+    from tinychat.dialogue import render_prompt
+
+    found: dict[str, dict[str, list[int]]] = {"train": {}, "validation": {}, "test": {}}
+
+    def add(part: str, messages: tuple[Message, ...]) -> None:
+        ids = render_prompt(messages, pieces, context=10**6, reserve=0)  # whole, or not at all
+        if len(ids) <= room:
+            found[part][prompt_key(messages)] = ids
+
+    for dialogue in corpus.dialogues():
+        for number, message in enumerate(dialogue.messages):
+            if message.role == "user":
+                add(split_of(dialogue.id), dialogue.messages[: number + 1])
+    sources: dict[str, Any] = {"dialogues": {"licence": "CC0-1.0", "prompts": len(found["train"])}}
+    if folder := data_folder(data):
+        name = "ppo_prompts"
+        lines = parse_lines(read_lines(source_path(name, folder)), name)
+        for where, line in lines:
+            messages = parse_dialogue({"messages": line.get("prompt")}, where, name, "?").messages
+            if messages[-1].role == "user" and split_of(prompt_key(messages)) == "train":
+                add("train", messages)
+        entry = source(name)
+        sources[name] = {
+            "licence": entry.licence,
+            "attribution": entry.attribution,
+            "sha256": entry.sha256,
+            "prompts": len(found["train"]) - sources["dialogues"]["prompts"],
+        }
+    unseen = found["validation"].keys() | found["test"].keys()
+    train = [ids for key, ids in found["train"].items() if key not in unseen]
+    held_out = list(found["validation"].values())[:HELD_OUT]
+    if not train or not held_out:
+        raise ConfigError(
+            f"No prompt is short enough: {max(room, 0)} tokens are left for it beside the reply; "
+            "lower max_tokens with --set max_tokens=32."
+        )
+    return train, held_out, sources
+
+
+def unseen_batches(pieces: Tokenizer, context: int) -> Iterator[Any]:
+    """Conversations of the validation part, to measure what storing a model costs."""
+    from tinychat.data import corpus
+    from tinychat.data.split import split_of
+    from tinychat.dialogue import render
+    from tinychat.sft import PackedConversations, SFTConfig
+
+    config = SFTConfig(batch=4, sequence=min(512, context))
+    dialogues = [one for one in corpus.dialogues() if split_of(one.id) == "validation"][:60]
+    rendered = [render(one, pieces, context=config.sequence + 1) for one in dialogues]
+    packed = PackedConversations(rendered, config, pieces.pad_id)
+    rows = packed.rows(0)
+    return (packed.batch(rows[first : first + 4]) for first in range(0, len(rows), 4))
+
+
+def score_curve(folder: Path, points: int = 60) -> list[list[float]]:
+    """About `points` rows (step, score, KL) of the run."""
+    from tinychat.runtime.metrics import read_metrics
+
+    rows = read_metrics(folder / "metrics.jsonl")
+    every = max(1, len(rows) // points)
+    return [[r["step"], round(r["score"], 4), round(r["kl"], 4)] for r in rows[::every]]
+
+
+def write_samples(
+    path: Path,
+    pieces: Tokenizer,
+    prompts: list[list[int]],
+    before: tuple[list[list[int]], list[float]],
+    after: tuple[list[list[int]], list[float]],
+) -> None:
+    """Every held-out prompt with both replies and their marks: read them, marks can be fooled."""
+    lines = []
+    for prompt, old, old_score, new, new_score in zip(prompts, *before, *after, strict=True):
+        openers = [n for n, id in enumerate(prompt) if id in (pieces.user_id, pieces.assistant_id)]
+        lines += [
+            f"{pieces.piece(prompt[begin])} {pieces.decode(prompt[begin:stop]).strip()}"
+            for begin, stop in itertools.pairwise(openers)
+        ]
+        for name, reply, value in (("before", old, old_score), ("after", new, new_score)):
+            cut = "" if reply[-1] == pieces.end_id else " [cut]"
+            lines.append(f"{name:>6} {value:+.2f}  {pieces.decode(reply).strip()}{cut}")
+        lines.append("")
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+@contextmanager
+def ppo_progress(
+    title: str,
+) -> Iterator[tuple[Callable[[PPOProgress], None], Callable[[], bool]]]:
+    """A line a step, or every tenth without a terminal; the first Ctrl-C asks the loop to save."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    stopped = False
+
+    def interrupt(signum: int, frame: object) -> None:
+        nonlocal stopped
+        if stopped:
+            raise KeyboardInterrupt
+        stopped = True
+        console.print("Finishing this step and saving (Ctrl-C again to leave at once) ...")
+
+    def show(progress: PPOProgress) -> None:
+        known = progress.seconds_left == progress.seconds_left
+        if not console.is_terminal and progress.step % 10 and progress.step > 1:
+            return
+        m, left = progress.metrics, clock(progress.seconds_left) if known else "?"
+        console.print(
+            f"step {progress.step}{f'/{progress.steps}' if known else ''}  score {m['score']:.3f}  "
+            f"KL {m['kl']:.2f}  length {m['length']:.0f}  ended {m['ended']:.0%}  "
+            f"clipped {m['clip_fraction']:.0%}  left {left}"
+        )
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    console.print(title)
+    try:
+        yield show, lambda: stopped
+    finally:
+        signal.signal(signal.SIGINT, previous)
