@@ -26,6 +26,7 @@ import textwrap
 
 import torch
 
+from tinychat.book.picture import picture
 from tinychat.data.records import Message
 from tinychat.dialogue import render_prompt
 from tinychat.generation import Sampling, stream
@@ -116,21 +117,17 @@ assert float(probabilities_V.min()) > 0, "nothing is impossible, only unlikely"
 # %% [markdown]
 # The same as a picture. Every token of the vocabulary has a bar; these are the ten longest.
 
+
 # %%
 # alt: bar chart of the ten likeliest next words after "The cat jumped over the", the longest on top
-import matplotlib.pyplot as plt
+def draw_guesses(plt):
+    figure, axes = plt.subplots(figsize=(6, 3.2))
+    axes.barh(words[::-1], (100 * best).tolist()[::-1])
+    axes.set_xlabel("probability in per cent")
+    return figure
 
-figure, axes = plt.subplots(figsize=(6, 3.2))
-figure.patch.set_alpha(0)
-axes.patch.set_alpha(0)
-axes.barh(words[::-1], (100 * best).tolist()[::-1], color="#4c8bf5")
-axes.set_xlabel("probability in per cent", color="grey")
-axes.tick_params(colors="grey")
-axes.spines[["top", "right"]].set_visible(False)
-axes.spines[["left", "bottom"]].set_color("grey")
-figure.tight_layout()
-plt.show()
-plt.close(figure)
+
+picture("00_next_word", draw_guesses)
 
 # %% [markdown]
 # ## One token after another

@@ -46,9 +46,9 @@ from torch import Tensor
 # %%
 import itertools
 import os
-import sys
 import time
-from pathlib import Path
+
+from tinychat.book.picture import picture
 
 FAST = os.environ.get("TINYCHAT_FAST") == "1"
 NAMES = ("upright", "level", "cross", "ring")
@@ -76,39 +76,10 @@ assert all(unlike_BB[i, j] >= 4 for i, j in itertools.combinations(range(4), 2))
 
 
 # %%
-def picture(name: str, draw) -> None:
-    """Show a figure in a notebook, save it when run as a script, skip it without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("(no picture: matplotlib is not installed)")
-        return
-    if "ipykernel" not in sys.modules:
-        matplotlib.use("Agg")  # writes files; opens no window that waits to be closed
-    import matplotlib.pyplot as plt
-
-    # Mid-grey on nothing: readable on a light page and on a dark one.
-    parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    style = dict.fromkeys(parts, "#808080")
-    style |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none")
-    with plt.rc_context(style | {"legend.frameon": False}):
-        figure = draw(plt)
-        if "ipykernel" in sys.modules:
-            plt.show()
-        else:
-            folder = Path("runs/book")
-            folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(folder / f"{name}.png", dpi=100)
-            print(f"picture: {folder / name}.png")
-        plt.close(figure)
-
-
 def draw_grids(plt, rows_NP: Tensor, titles: Sequence[str], colours: str, columns: int):
     """Rows of nine numbers as 3x3 pictures, all with the same scale around zero."""
     lines = -(-len(rows_NP) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(1.5 * columns, 1.8 * lines), layout="constrained", squeeze=False
-    )
+    figure, axes = plt.subplots(lines, columns, figsize=(1.5 * columns, 1.8 * lines), squeeze=False)
     top = float(rows_NP.abs().max())
     for axis, row_P, title in zip(axes.flat, rows_NP, titles, strict=True):
         axis.imshow(row_P.view(3, 3).tolist(), cmap=colours, vmin=-top, vmax=top)
@@ -552,7 +523,7 @@ assert after == 1 and losses[-1] < 0.1 < one_layer_loss
 # %%
 # alt: The loss against steps: flat at 1.39 for one layer, falling towards zero for the network.
 def draw_losses(plt):
-    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 3.5))
     axis.plot(losses, color="#2a9d6f", label="two hidden layers")
     axis.axhline(float(one_layer_loss), color="#d9663d", linestyle="--", label="one layer")
     axis.set(xlabel="step", ylabel="loss in nats", ylim=(0, None))
@@ -657,7 +628,7 @@ assert ceiling - 0.05 < from_noisy
 # %%
 # alt: Share of right answers against noise: all fall, and practice on clean pictures falls first.
 def draw_noise(plt):
-    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 3.5))
     looks = (("#d9663d", "o-"), ("#2a9d6f", "s-"), ("#808080", "--"))
     titles = ("clean practice", "noisy practice", "judge")
     for column, ((colour, line), title) in enumerate(zip(looks, titles, strict=True)):

@@ -67,9 +67,9 @@ def held_out_text() -> list[bytes]:
 
 # %%
 import re
-import sys
 import time
 
+from tinychat.book.picture import picture
 from tinychat.runtime.device import set_threads
 
 FAST = os.environ.get("TINYCHAT_FAST") == "1"
@@ -326,37 +326,9 @@ assert all(kneser_ney[order] < add_k[order, 0.01] for order in orders)
 
 
 # %%
-def picture(name: str, draw) -> None:
-    """Show a figure in a notebook, save it when run as a script, skip it without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("(no picture: matplotlib is not installed)")
-        return
-    if "ipykernel" not in sys.modules:
-        matplotlib.use("Agg")  # writes files; opens no window that waits to be closed
-    import matplotlib.pyplot as plt
-
-    # Mid-grey on nothing: readable on a light page and on a dark one.
-    parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    style = dict.fromkeys(parts, "#808080")
-    style |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none")
-    with plt.rc_context(style | {"legend.frameon": False}):
-        figure = draw(plt)
-        if "ipykernel" in sys.modules:
-            plt.show()
-        else:
-            folder = Path("runs/book")
-            folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(folder / f"{name}.png", dpi=100)
-            print(f"picture: {folder / name}.png")
-        plt.close(figure)
-
-
-# %%
 # alt: Bits per byte against order: add-k falls, then rises again; Kneser-Ney falls and stays low.
 def draw_orders(plt):
-    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 3.5))
     axis.plot(range(1, 7), [add_k[n, 0.01] for n in range(1, 7)], "o-", color="#d9663d")
     axis.plot(list(kneser_ney), list(kneser_ney.values()), "s-", color="#2a9d6f")
     axis.legend(["add-k, k = 0.01", "Kneser-Ney"])
@@ -636,7 +608,7 @@ if not FAST:
 # %%
 # alt: Right answers against distance: the 6-gram drops to chance after three letters, the LSTM stays.
 def draw_memory(plt):
-    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 3.5))
     axis.plot(list(memory), [row[0] for row in memory.values()], "o-", color="#d9663d")
     axis.plot(list(memory), [row[1] for row in memory.values()], "s-", color="#2a9d6f")
     axis.axhline(0.25, color="#808080", linewidth=0.8, linestyle=":")

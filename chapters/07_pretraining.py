@@ -53,11 +53,11 @@ from tinychat.tokenizer import Tokenizer
 # %%
 import os
 import shutil
-import sys
 import tempfile
 
 import torch.nn.functional as F
 
+from tinychat.book.picture import picture
 from tinychat.data import tokenizer_model
 from tinychat.data.mix import Mix, Phase
 from tinychat.data.prepare import prepare
@@ -1187,30 +1187,11 @@ for opening in OPENINGS:
 
 
 # %%
-def picture(name: str, draw) -> None:
-    """Show a figure in a notebook, save it when run as a script, skip it without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("(no picture: matplotlib is not installed)")
-        return
-    if "ipykernel" not in sys.modules:
-        matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = draw(plt)
-    if "ipykernel" in sys.modules:
-        plt.show()
-    else:
-        figure.savefig(BOOK / f"{name}.png", dpi=100)
-        print(f"picture: {BOOK / name}.png")
-    plt.close(figure)
-
-
+# alt: Two curves over the steps of the run: the loss falls, the rate rises, stays, falls to zero.
 def draw_run(plt):
     rows = read_metrics(run / "metrics.jsonl")
     steps = [row["step"] for row in rows]
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constrained")
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 5), sharex=True)
     above.plot(steps, [row["loss"] for row in rows], color="#177245")
     above.set_ylabel("loss in nats a token")
     below.plot(steps, [row["lr"] for row in rows], color="#a33b20")

@@ -45,10 +45,10 @@ from tinychat.tokenizer import Tokenizer
 
 # %%
 import os
-import sys
 import time
 from pathlib import Path
 
+from tinychat.book.picture import picture
 from tinychat.data import tokenizer_model
 from tinychat.data.corpus import stories
 from tinychat.gpt import load_model, nano
@@ -432,33 +432,12 @@ for name, recipe in RECIPES.items():
 
 
 # %%
-def picture(name: str, draw) -> None:
-    """Show a figure in a notebook, save it when run as a script, skip it without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("(no picture: matplotlib is not installed)")
-        return
-    if "ipykernel" not in sys.modules:
-        matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = draw(plt)
-    if "ipykernel" in sys.modules:
-        plt.show()
-    else:
-        folder = Path("runs/book")
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.png", dpi=100)
-        print(f"picture: {folder / name}.png")
-    plt.close(figure)
-
-
+# alt: Bars of next-token probabilities, a row a recipe: filters cut the tail, temperature bends it.
 def draw_recipes(plt):
     order = distributions["plain"].argsort(descending=True)[:12]
     peaks = [float(p_V.max()) for p_V in distributions.values()]
     top = 1.15 * max([peak for peak in peaks if peak < 0.999], default=1.0)
-    figure, axes = plt.subplots(len(RECIPES), 1, figsize=(8, 8), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(len(RECIPES), 1, figsize=(8, 8), sharex=True)
     for axis, (name, p_V) in zip(axes, distributions.items(), strict=True):
         axis.bar(range(len(order)), p_V[order].tolist(), color="#177245")
         axis.set_title(name, loc="left", fontsize=9)
@@ -659,8 +638,9 @@ for length in lengths:
 
 
 # %%
+# alt: Milliseconds a token against its place: rising without the cache, nearly level with it.
 def draw_timings(plt):
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 4))
     axis.plot([row[0] for row in timings], [row[1] for row in timings], "o-", label="reading again")
     axis.plot([row[0] for row in timings], [row[2] for row in timings], "s--", label="KV cache")
     axis.set(xlabel="tokens before", ylabel="milliseconds for the next token", ylim=(0, None))

@@ -67,10 +67,10 @@ from tinychat.tokenizer import Tokenizer
 # %%
 import copy
 import os
-import sys
 import tempfile
 import zlib
 
+from tinychat.book.picture import picture
 from tinychat.data import tokenizer_model
 from tinychat.data.groups import tokenize_groups
 from tinychat.data.onpolicy import RULES, flaw_of, sample_ranked
@@ -876,30 +876,9 @@ print(f"mean distance: {error:.1%}")
 
 
 # %%
-def picture(name: str, draw: Callable[[Any], Any]) -> None:
-    """Show a figure in a notebook, save it when run as a script, skip it without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("(no picture: matplotlib is not installed)")
-        return
-    if "ipykernel" not in sys.modules:
-        matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = draw(plt)
-    if "ipykernel" in sys.modules:
-        plt.show()
-    else:
-        place = Path("runs/book")
-        place.mkdir(parents=True, exist_ok=True)
-        figure.savefig(place / f"{name}.png", dpi=100)
-        print(f"picture: {place / name}.png")
-    plt.close(figure)
-
-
+# alt: How often the model is right against how sure it is, beside the diagonal of a perfect judge.
 def draw_calibration(plt: Any) -> Any:
-    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5, 4))
     axes.plot([0.5, 1], [0.5, 1], color="gray", linestyle="--", label="as sure as right")
     says, right, sizes = zip(*bins, strict=True)
     axes.plot(says, right, color="tab:blue", zorder=1)

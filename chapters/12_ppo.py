@@ -67,10 +67,10 @@ RewardFunction = Callable[[list[list[int]], list[list[int]]], Tensor]
 # %%
 import itertools
 import os
-import sys
 import tempfile
 from dataclasses import replace
 
+from tinychat.book.picture import picture
 from tinychat.gpt import GPTConfig
 
 FAST = os.environ.get("TINYCHAT_FAST") == "1"
@@ -477,8 +477,9 @@ def policy_loss(ratio_N: Tensor, advantages_N: Tensor, clip: float) -> Tensor:
 
 
 # %%
+# alt: What a ratio pays: flat above 1.2 for a good token, flat below 0.8 for a bad one.
 def draw_clip(plt):
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
     ratio = torch.linspace(0, 2, 201)
     for axis, sign in zip(axes, (1.0, -1.0), strict=True):
         gain = [-float(policy_loss(r[None], torch.tensor([sign]), 0.2)) for r in ratio]
@@ -487,28 +488,6 @@ def draw_clip(plt):
         axis.set(title=f"advantage {sign:+.0f}", xlabel="ratio new / old")
     axes[0].set_ylabel("what it pays")
     return figure
-
-
-def picture(name: str, draw_it) -> None:
-    """Show a figure in a notebook, save it when run as a script, skip it without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("(no picture: matplotlib is not installed)")
-        return
-    if "ipykernel" not in sys.modules:
-        matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = draw_it(plt)
-    if "ipykernel" in sys.modules:
-        plt.show()
-    else:
-        folder = Path("runs/book")
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.png", dpi=100)
-        print(f"picture: {folder / name}.png")
-    plt.close(figure)
 
 
 picture("12_clip", draw_clip)
@@ -1304,8 +1283,9 @@ for name, rows in results.items():
 
 
 # %%
+# alt: Score over steps: the whole recipe reaches the top, the runs with a broken detail stay below.
 def draw_breaks(plt):
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4.5))
     styles = itertools.cycle(("-", "--", ":", "-."))
     for (name, rows), style in zip(results.items(), styles, strict=False):
         width = 2.5 if name == "nothing broken" else 1.2
@@ -1407,8 +1387,9 @@ for n, (distance, proxy_mark, true_mark) in chosen.items():
 
 
 # %%
+# alt: Mark against KL: PPO lifts the proxy while the true mark falls back; best of n stays near.
 def draw_hack(plt):
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 4))
     points = hacked[0.0]
     axis.plot([p[0] for p in points], [p[1] for p in points], "-", label="PPO, proxy")
     axis.plot([p[0] for p in points], [p[2] for p in points], "--", label="PPO, truth")

@@ -1,12 +1,14 @@
 """Every chapter runs top to bottom as a script, opens as a notebook, and matches its module."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tinychat.book.chapter import load
 from tinychat.book.check import check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +42,14 @@ def test_chapter_runs_as_a_script(path, tmp_path):
         timeout=SECONDS,
     )
     assert answer.returncode == 0, answer.stdout[-4000:]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_every_picture_has_a_text_for_those_who_cannot_see_it(path):
+    for cell in load(path).cells:
+        if re.search(r"^ *picture\(", cell.source, re.M):
+            first = cell.source.partition("\n")[0]
+            assert re.match(r"# alt: .{20,}", first), f"{path.name}:{cell.line}: {first}"
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)

@@ -223,6 +223,16 @@ def test_a_chapter_that_exports_nothing_may_use_every_module(book):
     assert "not tinychat.cli.app" in problem
 
 
+def test_pictures_are_for_the_chapter_not_for_its_module(book):
+    line = "from tinychat.book.picture import picture"
+    write(book, "02_beta.py", f"{BETA}\n\n# %%\n{line}\n")
+    assert check(book) == []
+    write(book, "02_beta.py", BETA.replace('tags=["export"]\n', f'tags=["export"]\n{line}\n', 1))
+    export(book)
+    (problem,) = check(book)
+    assert "not tinychat.book.picture" in problem
+
+
 def test_only_the_first_exported_cell_imports(book):
     late = '\n\n# %% tags=["export"]\ndef late():\n    import json\n    return json\n'
     write(book, "02_beta.py", BETA + late)
