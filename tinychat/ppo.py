@@ -7,7 +7,7 @@ then run `python -m tinychat.book export`.
 import copy
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -682,6 +682,7 @@ def train_ppo(
         save_state(folder, pack_state(policy, [optimizer]), scalars)  # type: ignore[arg-type]
 
     policy.train()
+    recent: deque[float] = deque(maxlen=20)
     with MetricsWriter(folder / "metrics.jsonl", resume_step=step) as writer:
         if step == 0:
             # The value head starts at the mean score, so that the first advantages aren't all
@@ -709,7 +710,8 @@ def train_ppo(
             seconds = time.monotonic() - step_started
             writer.write({"step": step} | metrics | {"seconds": seconds})
             settled = budget.known and step - first_step > 2
-            left = (budget.steps - step) * seconds if settled else math.nan
+            recent.append(seconds)
+            left = (budget.steps - step) * float(np.median(recent)) if settled else math.nan
             on_step(PPOProgress(step, budget.steps, tokens, before + spent(), left, metrics))
             stopped = should_stop()
             if not budget.known:

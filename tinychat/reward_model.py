@@ -6,7 +6,7 @@ then run `python -m tinychat.book export`.
 
 import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -392,6 +392,7 @@ def fit_reward(
         save_state(folder, pack_state(inside, optimizers), scalars)
 
     last_save, stopped = time.monotonic(), False
+    recent: deque[float] = deque(maxlen=50)
     with MetricsWriter(folder / "metrics.jsonl", resume_step=step) as writer:
         batches = stream.batches(step)
         while step < min(budget.steps, steps) and not stopped:
@@ -414,7 +415,9 @@ def fit_reward(
             if validation and (step % config.evaluate_every == 0 or step == budget.steps):
                 row["accuracy"] = accuracy(judge(validation, score_groups(model, validation, pad)))
             writer.write(row)
-            left = (budget.steps - step) * seconds if budget.known else math.nan
+            recent.append(seconds)  # batches differ in length
+            typical = float(np.median(recent))
+            left = (budget.steps - step) * typical if budget.known else math.nan
             on_step(Progress(step, budget.steps, loss, tokens, read / seconds, left, {}))
             # 5. Stop when asked to, know the budget, save.
             stopped = should_stop()
