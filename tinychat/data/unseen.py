@@ -1,0 +1,143 @@
+"""Prompts and texts that no stage of the training has read: what an evaluation may use."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, zip_longest
+from pathlib import Path
+
+from tinychat.data import corpus
+from tinychat.data.jsonl import parse_dialogue, parse_lines, read_lines
+from tinychat.data.preferences import (
+    PUBLIC,
+    by_part,
+    corpus_ranked,
+    prompt_key,
+    read_ranked,
+)
+from tinychat.data.public import read_dialogues, read_documents, source_path, sources
+from tinychat.data.records import Dialogue, Document, Message
+from tinychat.data.split import split_of
+from tinychat.runtime.errors import ConfigError
+
+Prompt = tuple[Message, ...]
+PUBLIC_PROMPTS = "ppo_prompts"
+TEMPLATE = re.compile(r"\[[^\]]{1,40}\]")  # "My name is [user 1's name]": nobody filled it in
+
+
+def prompts_of(dialogue: Dialogue) -> Iterator[Prompt]:
+    """Every user turn with what was said before it."""
+    for number, message in enumerate(dialogue.messages):
+        if message.role == "user":
+            yield dialogue.messages[: number + 1]
+
+
+def unseen_prompts(
+    count: int,
+    folder: Path | None = None,
+    *,
+    seed: int = 0,
+    fits: Callable[[Prompt], bool] = lambda prompt: True,
+) -> list[Prompt]:
+    """Return `count` prompts that no stage has learned from, in an order that `seed` decides.
+
+    From the validation and test parts of our corpus; with the public `folder`, half of them are
+    public ones. A prompt that also stands in a training part, of fine-tuning, ranked replies or
+    PPO, is left out, whatever its commas and capitals. Raises ConfigError where fewer are left.
+    """
+    if count < 1:
+        raise ConfigError(f"{count} prompts tell nothing; ask for at least 1.")
+    own: dict[str, Prompt] = {}
+    seen: set[str] = set()
+    for dialogue in corpus.dialogues():
+        for prompt in prompts_of(dialogue):
+            if split_of(dialogue.id) == "train":
+                seen.add(prompt_key(prompt))
+            else:
+                own.setdefault(prompt_key(prompt), prompt)
+    public = _public_prompts(folder) if folder else {}
+    seen |= {prompt_key(group.prompt) for group in by_part(corpus_ranked())["train"]}
+    if folder:
+        seen |= _seen_in_public(folder, own.keys() | public.keys())
+    ours, theirs = (
+        sorted((key for key in some if key not in seen), key=lambda key: _digest(seed, key))
+        for some in (own, public)
+    )
+    mixed = [key for pair in zip_longest(ours, theirs) for key in pair if key is not None]
+    either = public | own
+    found = list(islice((either[key] for key in dict.fromkeys(mixed) if fits(either[key])), count))
+    if len(found) < count:
+        more = "" if folder else ", or add public ones with --data DIR"
+        raise ConfigError(
+            f"{count} prompts are wanted and only {len(found)} are unseen and short enough; "
+            f"ask for fewer{more}."
+        )
+    return found
+
+
+def _digest(seed: int, key: str) -> bytes:
+    return hashlib.sha256(f"evaluation {seed}\n{key}".encode("utf-8", errors="replace")).digest()
+
+
+def _public_prompts(folder: Path) -> dict[str, Prompt]:
+    """The public prompts that PPO leaves out."""
+    found: dict[str, Prompt] = {}
+    for where, line in parse_lines(read_lines(source_path(PUBLIC_PROMPTS, folder)), PUBLIC_PROMPTS):
+        record: dict[str, object] = {"messages": line.get("prompt")}
+        prompt = parse_dialogue(record, where, PUBLIC_PROMPTS, "?").messages
+        key = prompt_key(prompt)
+        unfilled = any(TEMPLATE.search(message.content) for message in prompt)
+        if _is_asked(prompt) and not unfilled and split_of(key) != "train":
+            found.setdefault(key, prompt)
+    return found
+
+
+def _is_asked(prompt: Sequence[Message]) -> bool:
+    """True where the turns alternate and the last one is the user's."""
+    turns = [message.role for message in prompt if message.role != "system"]
+    return turns == ["user", "assistant"] * (len(turns) // 2) + ["user"]
+
+
+def _seen_in_public(folder: Path, asked: Iterable[str]) -> set[str]:
+    """Which of these prompts stand in the training parts of the public files."""
+    asked = set(asked)
+    # Most turns can be told apart by their last words, before a long conversation is put together.
+    ends = {key.rpartition("\n")[2] for key in asked}
+    seen: set[str] = set()
+
+    def look(prompt: Prompt) -> None:
+        if prompt_key(prompt[-1:]) in ends and (key := prompt_key(prompt)) in asked:
+            seen.add(key)
+
+    for entry in sources("sft"):
+        if (folder / entry.file).is_file():
+            for dialogue in read_dialogues(entry.name, folder):
+                if split_of(dialogue.id) == "train":
+                    for prompt in prompts_of(dialogue):
+                        look(prompt)
+    ranked = corpus_ranked()
+    for entry in sources("preference"):  # whole: how much of each is learned from has changed
+        if entry.name in PUBLIC and (folder / entry.file).is_file():
+            ranked += read_ranked(folder / entry.file, entry.name)
+    for group in by_part(ranked)["train"]:
+        look(group.prompt)
+    return seen
+
+
+def unseen_texts(count: int, folder: Path | None = None) -> dict[str, list[Document | Dialogue]]:
+    """Return up to `count` held-out texts of each source, under its name."""
+    held: dict[str, Iterator[Document | Dialogue]] = {
+        "dialogues": iter(corpus.dialogues()),
+        "stories": iter(corpus.stories()),
+        "explanations": iter(corpus.explanations()),
+    }
+    if folder:
+        for entry in sources("pretrain"):
+            if (folder / entry.file).is_file():
+                held[entry.name] = read_documents(entry.name, folder)
+    return {
+        name: list(islice((one for one in records if split_of(one.id) != "train"), count))
+        for name, records in held.items()
+    }
