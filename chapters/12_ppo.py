@@ -32,7 +32,7 @@
 import copy
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -1073,6 +1073,7 @@ def train_ppo(
         save_state(folder, pack_state(policy, [optimizer]), scalars)  # type: ignore[arg-type]
 
     policy.train()
+    recent: deque[float] = deque(maxlen=20)
     with MetricsWriter(folder / "metrics.jsonl", resume_step=step) as writer:
         if step == 0:
             # The value head starts at the mean score, so that the first advantages aren't all
@@ -1100,7 +1101,8 @@ def train_ppo(
             seconds = time.monotonic() - step_started
             writer.write({"step": step} | metrics | {"seconds": seconds})
             settled = budget.known and step - first_step > 2
-            left = (budget.steps - step) * seconds if settled else math.nan
+            recent.append(seconds)
+            left = (budget.steps - step) * float(np.median(recent)) if settled else math.nan
             on_step(PPOProgress(step, budget.steps, tokens, before + spent(), left, metrics))
             stopped = should_stop()
             if not budget.known:
@@ -1508,6 +1510,55 @@ else:
 #
 # A hole as in our toy is closed in just this way. Once people have seen a reply that is nothing but
 # the wanted token, and ranked it last, the next reward model knows.
+#
+# ## Your own taste
+#
+# So far you raised somebody else's marks. Now take your own. One round, from your votes to your
+# chatbot:
+#
+# ```
+# tinychat duel sft --count 50 --votes votes.jsonl
+# tinychat train reward --from sft --votes votes.jsonl
+# tinychat train ppo --from sft --reward runs/reward/reward.safetensors --minutes 30
+# tinychat duel runs/ppo/rlhf.safetensors sft --votes check.jsonl
+# ```
+#
+# The first line shows you two replies of one model, in an order that you don't know. You press A or B
+# for the better one, T for a tie, X where both are bad. The last line is the blind test: new against
+# old, on questions that no training has read, and at its end who won how often. In a chat, `/vote`
+# asks the same about the last reply, and `/why` shows how its mark came about, word by word.
+#
+# The next round begins with the new model's replies. Your old votes still count, in the same file:
+#
+# ```
+# tinychat duel runs/ppo/rlhf.safetensors --count 50 --votes votes.jsonl
+# tinychat train reward --run reward2 --from sft --votes votes.jsonl --sampler runs/ppo/rlhf.safetensors
+# tinychat train ppo --run ppo2 --from sft --reward runs/reward2/reward.safetensors --minutes 30
+# ```
+#
+# What can you expect from 50 votes? They have two jobs. As a **measure**, they compete with luck: if
+# two models were equally good, how often would one of them still get so many of 50 wins? As
+# **teachers**, they sit in a large class: how many ranked prompts does the reward model read besides?
+
+# %%
+from tinychat.data.preferences import by_part, corpus_ranked, for_judge
+
+VOTES = 50
+for wins in (28, 30, 33, 36):
+    one_side = sum(math.comb(VOTES, n) for n in range(wins, VOTES + 1)) / 2**VOTES
+    print(f"{wins} of {VOTES} or more, for either of two equals: {2 * one_side:.1%} of all duels")
+others = [group for group in by_part(corpus_ranked())["train"] if not for_judge(group.prompt)]
+pairs = sum(len(group.pairs) for group in others)
+print(f"\nof our corpus the reward model reads {len(others)} prompts, and {pairs} pairs of replies")
+print(f"of all prompts that it learns from, yours are {VOTES / (VOTES + len(others)):.1%}")
+
+# %% [markdown]
+# So a small lead in one sitting proves nothing: `tinychat duel --report check.jsonl` prints the
+# interval, and says when chance could have done it. And one sitting doesn't make a new taste. It bends
+# the old one a little, and only where your votes agree with each other: a wish that shows in nearly
+# every pair ("shorter", "ask me back") has a chance, "true" has none in a model that knows so little.
+# Vote on, round by round, on replies of the model of that day. That is all that the large ones do, too,
+# with more people.
 #
 # ## What we left out
 #

@@ -127,3 +127,20 @@ class ScriptedGPT(FakeGPT):
             token = reply[said] if said < len(reply) else token
         logits_V[token] = 100.0
         return logits_V
+
+
+class TwoMinds(FakeGPT):
+    """Answers everything with one of two replies, as the dice fall; both are equally likely."""
+
+    REPLIES = ("Yes.", "No way.")
+
+    def scores(self, ids: list[int]) -> Tensor:
+        logits_V = torch.zeros(self.config.vocab_size)
+        if ByteTokenizer.assistant_id not in ids:
+            return logits_V
+        opened = ids[::-1].index(ByteTokenizer.assistant_id)
+        begun = ids[len(ids) - opened :]
+        for reply in map(ByteTokenizer().encode, self.REPLIES):
+            if reply[: len(begun)] == begun:
+                logits_V[[*reply, ByteTokenizer.end_id][len(begun)]] = 100.0
+        return logits_V

@@ -214,7 +214,7 @@ def test_a_poor_terminal(home):
     window.type("/undo\r")
     window.until("(forgotten: h")
     window.prompt()
-    window.type("\x04")
+    window.type("/quit\r")
     assert window.close() == 0
     assert "Traceback" not in window.text()
     assert b"\x1b[" not in window.raw

@@ -13,7 +13,9 @@ from typer.core import TyperGroup
 
 from tinychat import __version__
 from tinychat.cli.config import settings
+from tinychat.cli.duel import EXAMPLES, duel
 from tinychat.cli.errors import friendly
+from tinychat.cli.evaluate import evaluate
 from tinychat.cli.flags import (
     Ckpt,
     Ckpts,
@@ -198,6 +200,15 @@ def _question(words: list[str] | None, command: str) -> str:
     if not question.strip():
         raise ConfigError(f"The question is empty; {example}")
     return question.strip()
+
+
+app.command(epilog=EXAMPLES)(duel)
+
+app.command(
+    "eval",
+    epilog="Examples:\n\ntinychat eval rlhf sft base --judge judge --out report.json\n\n"
+    "tinychat eval rlhf sft --pairs pairs.txt\n\ntinychat eval --count pairs.txt",
+)(evaluate)
 
 
 @app.command()

@@ -16,6 +16,8 @@ from tinychat.cli.config import OPTIONS, RANDOM, shown
 from tinychat.cli.errors import nearest, sentence
 from tinychat.cli.filing import Filing
 from tinychat.cli.inside import Inside
+from tinychat.cli.voting import Voting
+from tinychat.cli.why import Why
 from tinychat.runtime.errors import ConfigError, TinychatError
 
 if TYPE_CHECKING:
@@ -155,13 +157,15 @@ GROUPS = (
     ("talk", Talking),
     ("settings", Tuning),
     ("models", Comparing),
+    ("", Voting),
     ("keep", Filing),
     ("inside", Inside),
+    ("", Why),
 )
 ALIASES = {"exit": "quit", "bye": "quit", "q": "quit", "?": "help"}
 
 
-class Commands(Talking, Tuning, Comparing, Filing, Inside):
+class Commands(Talking, Tuning, Comparing, Voting, Filing, Inside, Why):
     """The slash commands of one chat."""
 
     def __init__(self, chat: Chat) -> None:
@@ -206,7 +210,6 @@ class Commands(Talking, Tuning, Comparing, Filing, Inside):
                 usage, _, text = about.partition(": ")
                 rows.append((title, usage, text))
                 title = ""
-        rows.append(("keys", "Ctrl-C, Ctrl-D", "stop the reply; leave"))
         left, middle = (max(len(row[place]) for row in rows) + 2 for place in (0, 1))
         lines = []
         for title, usage, text in rows:  # a line each: what does not fit is cut off at the right
@@ -216,7 +219,7 @@ class Commands(Talking, Tuning, Comparing, Filing, Inside):
         self._chat.screen.show(Group(*lines))
 
     def do_quit(self, _: str) -> None:
-        """/quit: leave"""
+        """/quit: leave, as Ctrl-D does; Ctrl-C stops a reply"""
         self._chat.leaving = True
 
 

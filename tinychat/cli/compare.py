@@ -92,18 +92,23 @@ def replies(
 
 
 def side_by_side(found: Sequence[Contender], width: int) -> RenderableType:
-    """Columns of equal width, or one below the other where they would be too narrow."""
+    """Each reply under its model's name."""
+    return columns([(contender.title, contender.text) for contender in found], width)
+
+
+def columns(cells: Sequence[tuple[str, str]], width: int) -> RenderableType:
+    """Titles and texts in columns of equal width, or stacked where they would be too narrow."""
     gap = 3
-    column = (width - gap * (len(found) - 1)) // len(found)
+    column = (width - gap * (len(cells) - 1)) // len(cells)
     if column < NARROWEST:
         parts: list[RenderableType] = []
-        for contender in found:
-            parts += [Text(contender.title, style="bold"), Text(contender.text), Text()]
+        for title, text in cells:
+            parts += [Text(title, style="bold"), Text(text), Text()]
         return Group(*parts[:-1])
     table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False)
-    for contender in found:
-        table.add_column(Text(contender.title, style="bold"), width=column, overflow="fold")
-    table.add_row(*(Text(contender.text) for contender in found))
+    for title, _ in cells:
+        table.add_column(Text(title, style="bold"), width=column, overflow="fold")
+    table.add_row(*(Text(text) for _, text in cells))
     return table
 
 

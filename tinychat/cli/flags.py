@@ -74,6 +74,22 @@ Ckpts = Annotated[
         autocompletion=_checkpoints,
     ),
 ]
+FirstSide = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="A",
+        help="A checkpoint; the one that chat takes when left out.",
+        autocompletion=_checkpoints,
+    ),
+]
+SecondSide = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="B",
+        help="Another one; A meets itself, with other dice, when left out.",
+        autocompletion=_checkpoints,
+    ),
+]
 Temperature = Annotated[Any, _option("temperature")]
 TopP = Annotated[Any, _option("top_p")]
 TopK = Annotated[Any, _option("top_k")]

@@ -13,6 +13,7 @@ from tinychat.cli.reading import Reader
 from tinychat.runtime.errors import TinychatError
 
 if TYPE_CHECKING:
+    from tinychat.cli.keys import Keys
     from tinychat.cli.saved import Journal
     from tinychat.cli.session import ChatSession
 
@@ -32,6 +33,8 @@ class Chat:
         self.screen = screen
         self.leaving = False
         self.journal: Journal | None = None
+        self.keys: Keys | None = None
+        """asks for a single key; None where nobody sits at a terminal"""
         self.prefill = ""
         """stands on the next line to begin with, for the user to edit"""
         self.on_turn: Callable[[], None] = lambda: None

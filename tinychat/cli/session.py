@@ -112,12 +112,24 @@ class ChatSession:
             return None
         said = self.messages[-2].content
         self.messages = self.messages[:-2]
+        self.last = None  # what it measured is forgotten too
         return said
 
     def clear(self) -> None:
         """Forget every turn. The system message and the settings stay."""
         self.messages = []
         self.last = None
+
+    def fork(self, sampling: Sampling) -> ChatSession:
+        """Another session of the same model, with the turns before the last one."""
+        other = ChatSession(self.model, self.tokenizer, sampling, self.context, self.system)
+        other.messages = self.messages[:-2]
+        return other
+
+    def adopt(self, other: ChatSession) -> None:
+        """Go on with the turns of another session of the same model, as if they were held here."""
+        self.messages, self.last = other.messages, other.last
+        self._cache, self._held = other._cache, other._held
 
     @property
     def last_tokens(self) -> tuple[list[int], list[int]] | None:

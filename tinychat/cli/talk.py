@@ -16,6 +16,7 @@ def talk(now: Settings, *, newest: bool = False, load: str | None = None) -> Non
     """Hold a conversation at the terminal, or with the lines of a pipe."""
     from tinychat.cli.commands import completions, millions
     from tinychat.cli.filing import Keeper, welcome_back
+    from tinychat.cli.keys import keys_here
     from tinychat.cli.loop import Chat
     from tinychat.cli.reading import PipeReader, Reader, TerminalReader, quiet_keyboard
     from tinychat.cli.saved import Journal, SavedChat, chats_folder, find_chat, saved_chats
@@ -61,6 +62,7 @@ def talk(now: Settings, *, newest: bool = False, load: str | None = None) -> Non
         if not interactive:
             chat.run()
             return
+        chat.keys = keys_here(screen.out)
         screen.note("/help lists the commands, Ctrl-D leaves")
         screen.space()
         with quiet_keyboard():

@@ -83,6 +83,7 @@ def reward(
         by_part,
         corpus_ranked,
         for_judge,
+        prompt_key,
         public_ranked,
         read_ranked,
         read_rated,
@@ -151,14 +152,22 @@ def reward(
         asked += [group for group in unseen if group.source == "corpus"][:UNSEEN_PROMPTS]
         take_samples(other[0] if other else gpt, pieces, asked, kept, place, config.seed)
     extra = read_ranked(kept, "on-policy", 0.5) if kept.is_file() else []
-    more = by_part([*extra, *([] if record["judge"] else own_votes)])
+    more = by_part(extra)
+    votes_of = by_part([] if record["judge"] else own_votes)
+    # `duel` asks held-out questions too. One on which a vote teaches measures nothing any more.
+    taught = {prompt_key(group.prompt) for group in votes_of["train"] if group.pairs}
+    for groups in (parts, more, votes_of):
+        for side in ("validation", "test"):
+            groups[side] = [one for one in groups[side] if prompt_key(one.prompt) not in taught]
 
     def tokens_of(groups: Sequence[Any]) -> list[Group]:
         return tokenize_groups(groups, pieces, sequence=config.sequence, most=config.replies)
 
-    train = tokens_of([*half, *more["train"]])
-    validation = tokens_of([*parts["validation"], *more["validation"]])
-    held_out = validation + tokens_of([*parts["test"], *more["test"]])
+    train = tokens_of([*half, *more["train"], *votes_of["train"]])
+    validation, test = (
+        tokens_of([*parts[side], *more[side], *votes_of[side]]) for side in ("validation", "test")
+    )
+    held_out = validation + test
     references = [
         group.tokens[0] for group in tokens_of([g for g in strangers if g.source == "corpus"])
     ][:REFERENCES]

@@ -76,8 +76,8 @@ class Rated:
 PUBLIC = {
     "hh_harmless_test": (1.0, 10_000),
     "pandalm_human": (1.0, 10_000),
-    "chat_constructed": (0.3, 5_000),
-    "dolly_kwise_constructed": (0.3, 1_500),
+    "chat_constructed": (0.3, 2_000),
+    "dolly_kwise_constructed": (0.3, 1_000),
     "oasst_eval_kwise_constructed": (0.3, 10_000),
     "personality_kwise_constructed": (0.3, 10_000),
 }
@@ -250,12 +250,21 @@ def read_votes(path: Path) -> list[Ranked]:
         if winner not in ("a", "b", "tie", "bad"):
             raise DataError(f'{where}: "winner" is {winner!r}; it can be a, b, tie or bad')
         prompt = _prompt(record, where)
+        worse = int(winner in ("a", "b"))
         best, other = (b, a) if winner == "b" else (a, b)
-        replies = Reply(best, 0), Reply(other, int(winner in ("a", "b")))
+        ended = [_ended(record, side) for side in ("ba" if winner == "b" else "ab")]
+        replies = Reply(best, 0, "", ended[0]), Reply(other, worse, "", ended[1])
         votes.append(Ranked(prompt, replies, "votes", _id(prompt)))
     if not votes:
         raise DataError(f"{path} holds no votes: collect some with `tinychat duel`")
     return votes
+
+
+def _ended(record: dict[str, object], side: str) -> bool:
+    """False where a vote says that the writer of this reply was cut off."""
+    made = record.get("made")
+    maker = made.get(side) if isinstance(made, dict) else None
+    return not isinstance(maker, dict) or maker.get("ended", "end") == "end"
 
 
 def read_rated(folder: Path, name: str = RATINGS) -> Iterator[Rated]:
