@@ -16,14 +16,18 @@
 # changes its weights a little. Nobody marks the text up; the next word is the answer. That is all
 # of pretraining, and almost all of what a language model knows comes from it.
 #
-# You will build four things:
+# **What you will build**
 #
 # 1. **a loss**: how surprised the model was, without running out of memory;
 # 2. **optimizers**: from plain gradient descent to AdamW and Muon;
 # 3. **a schedule** of learning rates that leaves the end open;
-# 4. **a loop** that fits a budget of minutes and survives being killed.
+# 4. **a loop** that fits a budget of minutes and survives being killed;
+# 5. your own small **base model**, in half a minute;
+# 6. a **scaling law**, measured here: what more weights and more text buy, and what GPT-3 cost.
 #
-# At the end you train a small model of your own. It takes about a minute.
+# **What you need:** chapters 01 (slopes), 03 (tokens) and 06 (the network). The code takes about two
+# minutes; reading it, an hour and a half. It is the longest chapter; the loss and the loop are worth
+# a day each.
 
 # %% tags=["export"]
 import logging
@@ -52,6 +56,7 @@ from tinychat.tokenizer import Tokenizer
 
 # %%
 import os
+import random
 import shutil
 import tempfile
 
@@ -62,6 +67,7 @@ from tinychat.data import tokenizer_model
 from tinychat.data.mix import Mix, Phase
 from tinychat.data.prepare import prepare
 from tinychat.gpt import GPTConfig, load_model, save_model
+from tinychat.language_models import add_row, documents, held_out_text
 from tinychat.runtime import checkpoint
 from tinychat.runtime.device import describe_hardware, set_threads
 from tinychat.runtime.errors import CheckpointError
@@ -384,18 +390,22 @@ def valley(xy: Tensor) -> Tensor:
     return 0.5 * (xy[0] ** 2 + 100 * xy[1] ** 2)
 
 
-def descend(step: Callable[[Tensor, Tensor], None], count: int = 60) -> Tensor:
-    """Take `count` steps from the same start; return where they lead."""
+def path(step: Callable[[Tensor, Tensor], None], count: int = 60) -> list[Tensor]:
+    """Take `count` steps from the same start; return all places on the way."""
     xy = torch.tensor([3.0, 1.0], requires_grad=True)
+    places = [xy.detach().clone()]
     for _ in range(count):
         (slope,) = torch.autograd.grad(valley(xy), xy)
         with torch.no_grad():
             step(xy, slope)
-    return xy.detach()
+        places.append(xy.detach().clone())
+    return places
 
 
+paths = {}
 for rate in (0.001, 0.01, 0.019, 0.021):
-    end = descend(lambda xy, slope, rate=rate: xy.sub_(rate * slope))
+    paths[rate] = path(lambda xy, slope, rate=rate: xy.sub_(rate * slope))
+    end = paths[rate][-1]
     print(f"gradient descent, rate {rate:5.3f}: the loss ends at {valley(end):9.2g}")
 
 # %% [markdown]
@@ -424,7 +434,8 @@ class AdamWByHand:
         weight -= self.rate * mean / (square.sqrt() + 1e-8)
 
 
-end = descend(AdamWByHand(rate=0.1))
+paths["Adam"] = path(AdamWByHand(rate=0.1))
+end = paths["Adam"][-1]
 print(f"Adam, the same rate for both weights: the loss ends at {valley(end):9.2g}")
 
 # %% tags=["test"]
@@ -435,8 +446,36 @@ for _ in range(60):
     valley(weights).backward()
     adam.step()
 torch.testing.assert_close(
-    weights.detach(), descend(AdamWByHand(rate=0.1, decay=0.2)), atol=1e-5, rtol=1e-4
+    weights.detach(), path(AdamWByHand(rate=0.1, decay=0.2))[-1], atol=1e-5, rtol=1e-4
 )
+assert valley(paths[0.021][-1]) > valley(paths[0.021][0]), "too large a rate climbs out"
+
+
+# %%
+# alt: Three paths in a long valley: a low rate stops halfway, a high one zigzags, Adam walks down.
+def draw_valley(plt):
+    figure, axes = plt.subplots(3, 1, figsize=(7, 6), sharex=True, sharey=True)
+    across, along = torch.linspace(-1.3, 1.3, 61), torch.linspace(-0.6, 3.3, 61)
+    heights = 0.5 * (along**2 + 100 * across[:, None] ** 2)
+    titles = {
+        0.001: "gradient descent, rate 0.001",
+        0.019: "gradient descent, rate 0.019",
+        "Adam": "Adam, rate 0.1",
+    }
+    for number, (axis, (name, title)) in enumerate(zip(axes, titles.items(), strict=True)):
+        axis.contour(
+            along, across, heights, levels=[0.5, 2, 4.5, 15, 40, 80], colors="#808080", alpha=0.5
+        )
+        places = torch.stack(paths[name])
+        axis.plot(places[:, 0], places[:, 1], "o-", markersize=3, linewidth=1, color=f"C{number}")
+        axis.plot(0, 0, "*", color="#808080", markersize=12)
+        axis.set_title(title, loc="left", fontsize=10)
+    axes[1].set_ylabel("the steep weight")
+    axes[2].set_xlabel("the flat weight")
+    return figure
+
+
+picture("07_valley", draw_valley)
 
 # %% [markdown]
 # ## Muon: all directions at once
@@ -1192,9 +1231,9 @@ def draw_run(plt):
     rows = read_metrics(run / "metrics.jsonl")
     steps = [row["step"] for row in rows]
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 5), sharex=True)
-    above.plot(steps, [row["loss"] for row in rows], color="#177245")
+    above.plot(steps, [row["loss"] for row in rows])
     above.set_ylabel("loss in nats a token")
-    below.plot(steps, [row["lr"] for row in rows], color="#a33b20")
+    below.plot(steps, [row["lr"] for row in rows], color="C1")
     below.set_ylabel("share of the peak rate")
     below.set_xlabel("step")
     return figure
@@ -1235,6 +1274,269 @@ with torch.no_grad():
 assert abs(told - kept) < 0.1, "eight bits a weight lose next to nothing"
 
 # %% [markdown]
+# ## A row for the table
+#
+# Chapter 02 began a table: all language models of this book on one text that none of them learned
+# from, in bits per byte. There the counting models and the LSTM have their rows. Now add yours, and
+# the shipped model's, if there is one. The tokens are different, and the measure doesn't mind.
+
+
+# %%
+def held_out_batches(length: int) -> Iterator[Batch]:
+    """The held-out documents, each for itself and after `<|bos|>`, in pieces of `length` tokens."""
+    for text in held_out_text()[: 4 if FAST else None]:
+        ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text.decode())]])
+        for start in range(0, ids.shape[1] - 1, length):
+            piece = ids[:, start : start + length + 1]
+            yield Batch(piece[:, :-1], piece[:, 1:], torch.ones_like(piece[:, 1:]))
+
+
+rivals = {f"GPT of chapter 07, {PRESET}": model}
+try:
+    shipped_model, its_tokenizer, _ = load_model(checkpoint.find("base"))
+    if its_tokenizer.vocab_size == tokenizer.vocab_size:
+        rivals["base, as shipped"] = shipped_model
+except CheckpointError:
+    print("there is no shipped base model here")
+scores = {}
+for name, rival in rivals.items():
+    rival_loss = LossFunction(rival, dtype=torch.float32, compiled=False)
+    pieces = held_out_batches(rival.config.context)
+    scores[name] = bits_per_byte(rival_loss, pieces, token_bytes_V)
+    print(f"{name:>24} {scores[name]:6.3f} bits per byte")
+if not FAST:  # which reads only a part of the text
+    for name, bits in scores.items():
+        bits_table = add_row(name, bits)
+    print("\nthe table:")
+    for name, bits in bits_table.items():
+        print(f"{name:>24} {bits:6.3f} bits per byte")
+
+# %% tags=["test"]
+# The tokens of a text stand for all its bytes, and for no more: so the comparison is fair.
+counted = sum(int(token_bytes_V[piece.targets_BT].sum()) for piece in held_out_batches(512))
+assert counted == sum(map(len, held_out_text()[: 4 if FAST else None]))
+# A model that knows nothing needs log2(V) bits for each token.
+tokens_in_all = sum(piece.targets_BT.numel() for piece in held_out_batches(512))
+know_nothing = tokens_in_all * math.log2(tokenizer.vocab_size) / counted
+assert all(bits < know_nothing for bits in scores.values())
+
+# %% [markdown]
+# If your own row is worse than an n-gram's, don't be surprised: half a minute of one core is not much,
+# and counting is quick. Give it an hour, and look again.
+#
+# ## Bigger and longer is better
+#
+# Your model is small, and it read little. What would help more: more weights, or more text? Don't
+# guess. Train many small models and look.
+#
+# To make it quick, these models read **bytes**, as those of chapter 02 did. A table of 256 rows
+# leaves even a tiny model some weights for the language. No text is read twice, each run has its own
+# schedule down to zero, and all are judged on the same unseen text.
+
+# %%
+SIZES = ((8, 1), (16, 1), (32, 1)) if FAST else ((8, 1), (16, 1), (32, 2), (64, 2))
+LENGTHS = (2_048, 4_096, 8_192) if FAST else (16_384, 32_768, 65_536, 131_072)
+LONGER = 2 * LENGTHS[-1]  # for all but the largest, whose runs take the longest
+ROWS, ROW = 8, 64
+
+
+def byte_rows(texts: list[bytes]) -> Batch:
+    """All texts as rows of bytes, one behind another."""
+    stream = torch.tensor(list(b"\n\n".join(texts)))
+    count = (len(stream) - 1) // ROW
+    inputs, targets = (stream[shift : shift + count * ROW].view(count, ROW) for shift in (0, 1))
+    return Batch(inputs, targets, torch.ones_like(inputs))
+
+
+def some_rows(rows: Batch, which: Tensor) -> Batch:
+    return Batch(rows.inputs_BT[which], rows.targets_BT[which], rows.mask_BT[which])
+
+
+shuffled = documents("train")
+random.Random(0).shuffle(shuffled)
+reading, judging = byte_rows(shuffled), byte_rows(documents("validation"))
+if FAST:
+    judging = some_rows(judging, torch.arange(64))
+
+
+def size(width: int, layers: int) -> GPTConfig:
+    return GPTConfig(
+        width=width, layers=layers, heads=max(1, width // 16), kv_heads=1, head_width=16,
+        hidden=2 * width, vocab_size=256, context=ROW,
+    )  # fmt: skip
+
+
+def measure(config: GPTConfig, tokens: int, seed: int = 0) -> float:
+    """Train a fresh model on so many bytes; return its loss on unseen text, in nats a byte."""
+    torch.manual_seed(seed)
+    scaled = GPT(config)
+    settings = TrainConfig(precision="fp32", compiled=False, vector_lr=1e-2)
+    loss_function = LossFunction(scaled, dtype=torch.float32, compiled=False)
+    optimizers = make_optimizers(scaled, settings)
+    steps = tokens // (ROWS * ROW)
+    order = torch.randperm(steps * ROWS)
+    for step, which in enumerate(order.view(steps, ROWS)):
+        factor = schedule(step, steps, warmup=0.05, decay=0.3)
+        rows = some_rows(reading, which)
+        train_step(loss_function, optimizers, [rows], factor=factor, clip=settings.clip)
+    with torch.no_grad():
+        return float(loss_function(judging))
+
+
+begin = time.perf_counter()
+runs: dict[tuple[int, int], float] = {}  # (weights, bytes read): loss
+print("   weights" + "".join(f"{n:10,}" for n in (*LENGTHS, LONGER)) + "  bytes read")
+for width, layers in SIZES:
+    config = size(width, layers)
+    for length in LENGTHS if (width, layers) == SIZES[-1] else (*LENGTHS, LONGER):
+        runs[config.parameters, length] = measure(config, length)
+    losses = [loss for (weights_in, _), loss in runs.items() if weights_in == config.parameters]
+    print(f"{config.parameters:10,}" + "".join(f"{loss:10.3f}" for loss in losses))
+sizes = sorted({weights_in for weights_in, _ in runs})
+print(f"{len(runs)} runs in {time.perf_counter() - begin:.0f} s")
+
+# %% [markdown]
+# Go along a line: more text. Go down a column: more weights. Both help, and neither is free: twice the
+# text is twice the arithmetic, and so is twice the weights. Which is the better buy? For an answer
+# you need more than a table.
+#
+# How much of a difference is luck? The same run with other seeds tells.
+
+# %%
+again = [measure(size(*SIZES[1]), LENGTHS[1], seed) for seed in range(1 if FAST else 3)]
+print("same run, other seeds:", "  ".join(f"{loss:.3f}" for loss in again))
+
+# %% [markdown]
+# Keep that spread in mind when you compare two neighbours in the table.
+
+# %% tags=["test"]
+smallest, largest_size = sizes[0], sizes[-1]
+for weights_in in sizes:
+    assert runs[weights_in, LENGTHS[-1]] < runs[weights_in, LENGTHS[0]], "more text helps"
+assert runs[largest_size, LENGTHS[-1]] < runs[smallest, LENGTHS[-1]], "more weights help"
+
+# %% [markdown]
+# ## A law
+#
+# Kaplan et al. (2020) found that such tables follow **power laws**: each doubling takes away the
+# same *share* of what can still be taken away. Hoffmann et al. (2022) wrote it as a sum of three
+# parts, for N weights and D tokens:
+#
+# $$L(N, D) = E + \frac{A}{N^\alpha} + \frac{B}{D^\beta}$$
+#
+# $E$ is what no model can know: the surprise in the text itself. The second part is the price of
+# being small, the third that of having read little.
+#
+# Five unknown numbers, and a trick to find them: if you knew the two exponents, the rest would be a
+# plain least-squares problem. So try a grid of exponents, solve for the rest, keep the best.
+
+
+# %%
+class Law(NamedTuple):
+    """Loss in nats from weights and tokens (Hoffmann et al. 2022, equation 2)."""
+
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+
+    def loss(self, N: float, D: float) -> float:
+        return self.E + self.A / N**self.alpha + self.B / D**self.beta
+
+
+def fit_law(points: Mapping[tuple[int, int], float]) -> Law:
+    """The law with the smallest relative errors; none of its parts may be negative."""
+    grid = torch.linspace(0.05, 1.5, 59, dtype=torch.float64)
+    alphas, betas = (exponent.flatten() for exponent in torch.meshgrid(grid, grid, indexing="ij"))
+    N_P, D_P = torch.tensor(list(points), dtype=torch.float64).T
+    loss_P = torch.tensor(list(points.values()), dtype=torch.float64)
+    # Small numbers for the solver: N and D in units of their mean.
+    N_mean, D_mean = float(N_P.log().mean().exp()), float(D_P.log().mean().exp())
+    parts_GP3 = torch.stack(
+        [
+            torch.ones(len(alphas), len(loss_P), dtype=torch.float64),
+            (N_P / N_mean) ** -alphas[:, None],
+            (D_P / D_mean) ** -betas[:, None],
+        ],
+        dim=-1,
+    )
+    relative_GP3 = parts_GP3 / loss_P[:, None]
+    wanted_GP1 = torch.ones(len(alphas), len(loss_P), 1, dtype=torch.float64)
+    found_G3 = torch.linalg.lstsq(relative_GP3, wanted_GP1).solution[..., 0]
+    error_G = (torch.einsum("gpk,gk->gp", relative_GP3, found_G3) - 1).square().sum(-1)
+    error_G[(found_G3 < 0).any(-1)] = math.inf
+    best = int(error_G.argmin())
+    alpha, beta = float(alphas[best]), float(betas[best])
+    E, A, B = found_G3[best].tolist()
+    return Law(E, A * N_mean**alpha, B * D_mean**beta, alpha, beta)
+
+
+# %% tags=["test"]
+# A law that you know must come out again.
+known_law = Law(E=1.0, A=20.0, B=300.0, alpha=0.4, beta=0.6)
+found_law = fit_law({(N, D): known_law.loss(N, D) for N in sizes for D in LENGTHS})
+assert abs(found_law.alpha - 0.4) < 1e-6 and abs(found_law.beta - 0.6) < 1e-6
+assert abs(found_law.E - 1) < 1e-6 and abs(found_law.A / 20 - 1) < 1e-6
+
+# %% [markdown]
+# A law is worth something if it foretells what it hasn't seen. So hide the largest run with the most
+# text, fit the others, and predict it. Then leave out each of the others in turn, to see how firmly
+# the numbers stand.
+
+# %%
+hidden_run = (sizes[-1], LENGTHS[-1])
+known_runs = {place: loss for place, loss in runs.items() if place != hidden_run}
+law = fit_law(known_runs)
+print(f"E {law.E:.2f}, alpha {law.alpha:.2f}, beta {law.beta:.2f}")
+others = [fit_law({p: loss for p, loss in known_runs.items() if p != left}) for left in known_runs]
+for name in ("E", "alpha", "beta"):
+    values = [getattr(other, name) for other in others]
+    print(f"with one run left out, {name} lies between {min(values):.2f} and {max(values):.2f}")
+error = max(abs(law.loss(*place) / loss - 1) for place, loss in known_runs.items())
+print(f"it misses the runs that it was fitted to by at most {error:.1%}")
+foretold = law.loss(*hidden_run)
+print(f"the hidden run: {foretold:.3f} foretold, {runs[hidden_run]:.3f} measured", end=" ")
+print(f"({foretold / runs[hidden_run] - 1:+.1%})")
+
+# %% tags=["test"]
+assert FAST or error < 0.1
+assert FAST or abs(foretold / runs[hidden_run] - 1) < 0.08
+
+
+# %%
+# alt: Loss against text read, a line a size: all fall; loss against compute: the best fall together.
+def draw_scaling(plt):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
+    for number, weights_in in enumerate(sizes):
+        lengths = [length for some, length in runs if some == weights_in]
+        losses = [runs[weights_in, length] for length in lengths]
+        compute = [6 * weights_in * length for length in lengths]
+        look = {"color": f"C{number}", "label": f"{weights_in:,} weights"}
+        left.plot(lengths, losses, "o", **look)
+        dense = torch.logspace(math.log10(lengths[0]), math.log10(lengths[-1]), 30).tolist()
+        left.plot(dense, [law.loss(weights_in, D) for D in dense], ":", color=f"C{number}")
+        right.plot(compute, losses, "o-", linewidth=1, **look)
+    left.set(xlabel="bytes read (dotted: the law)", ylabel="nats a byte, unseen text")
+    right.set(xlabel="operations, 6ND")
+    for axis in (left, right):
+        axis.set_xscale("log")
+    left.set_xticks([*LENGTHS, LONGER], [f"{length // 1024} K" for length in (*LENGTHS, LONGER)])
+    left.minorticks_off()
+    left.legend(fontsize=8)
+    return figure
+
+
+picture("07_scaling", draw_scaling)
+
+# %% [markdown]
+# Be careful with these numbers. Each of these models has read a thin book at most. Some runs are so
+# short that they measure how fast a model *starts* to learn, and the exponents lean on a few of them:
+# that is what the ranges above say. About $E$ they say next to nothing, since no run comes near it.
+# Real fits use hundreds of runs over a range of compute that is a million times wider. The shape is
+# the point. It held from such small models to the largest ever trained, and it is the reason why
+# anybody dared to pay for those.
+#
 # ## What does it cost?
 #
 # For each token, each weight takes part in one multiplication and one addition on the way forward,
@@ -1243,12 +1545,14 @@ assert abs(told - kept) < 0.1, "eight bits a weight lose next to nothing"
 #
 # $$C \approx 6ND.$$
 #
-# How should N and D be chosen, when C is given? Kaplan et al. (2020) measured that loss falls with
-# each of them as a power law. Hoffmann et al. (2022) found the best balance near twenty tokens a
-# weight. The cell works out what that means for the presets, at the speed that you just measured,
-# and on one data-centre GPU, if it did four hundred million million operations a second.
+# Look at the right half of the picture, where each run stands above its compute. The larger the model,
+# the further to the right its line begins. For a given compute one of the lines is lowest: a smaller
+# model is nearly full, a larger one has not read enough. Hoffmann et al. (2022) found that N and D
+# should grow together, and the best balance near twenty tokens a weight. The cell works out what that
+# means for the presets, at the speed that you just measured, and on one data-centre GPU.
 
 # %%
+GPU_SPEED = 4e14  # operations a second: an H100 that reaches two fifths of its peak in bf16
 speed = result.tokens / result.seconds * model.config.flops_per_token(live.sequence)
 print(f"this run: {6 * model.config.parameters * result.tokens:.1e} operations by the formula,")
 print(f"{speed / 1e9:.0f} billion a second, attention and validation included\n")
@@ -1259,46 +1563,169 @@ for name in ("nano", "mini", "small", "medium"):
     C = 6 * N * D
     print(
         f"{name:>6} {N / 1e6:8.1f} M {D / 1e6:12,.0f} M {C:11.1e} "
-        f"{C / speed / 3600:10,.1f} h {C / 4e14 / 60:9.2f} min"
+        f"{C / speed / 3600:10,.1f} h {C / GPU_SPEED / 60:9.2f} min"
     )
 
 # %% [markdown]
 # Small models for use are trained on far more tokens than that: the balance minimises the cost of
 # *training*, and a smaller model that has read more is cheaper each time it answers.
 #
-# ## A longer run
+# ## The bill for GPT-3
 #
-# Where a trained base model is at hand, it brings its own history. The cell reads it from the file.
+# The same formula works for the model behind the first ChatGPT's ancestors. Brown et al. (2020) name
+# its weights and its tokens. Patterson et al. (2021) measured how fast each of its GPUs really
+# computed, and how much power it drew. Prices are not published, so ours are assumptions: put in your
+# own. Every one has its name in the cell.
+
+# %%
+WEIGHTS_OF_GPT3, TOKENS_OF_GPT3 = 175e9, 300e9  # Brown et al. 2020, tables 2.1 and D.1
+V100_SPEED = 24.6e12  # operations a second, measured in training (Patterson et al. 2021, table 4)
+V100_WATTS = 330  # the GPU with its share of the server, measured (the same table)
+V100_COUNT = 10_000  # as many as were used (the same table)
+OVERHEAD = 1.10  # cooling and losses of the data centre (the same table)
+V100_PRICE = 1.50  # dollars an hour: assumed, for a large customer in 2020
+H100_WATTS, H100_PRICE = 1_000, 2.50  # with its share of the server; both assumed
+HOUSEHOLD = 3_500  # kWh of electricity a year, assumed: a family's flat in Europe
+LAPTOP_WATTS = 30  # assumed, for your run above
+
+compute = 6 * WEIGHTS_OF_GPT3 * TOKENS_OF_GPT3
+print(f"GPT-3: 6 x {WEIGHTS_OF_GPT3:.3g} x {TOKENS_OF_GPT3:.3g} = {compute:.2e} operations")
+bills = {}
+for name, each, watts, price in (
+    ("V100, as then", V100_SPEED, V100_WATTS, V100_PRICE),
+    ("H100", GPU_SPEED, H100_WATTS, H100_PRICE),
+):
+    hours = compute / each / 3600
+    energy = hours * watts / 1000 * OVERHEAD  # kWh
+    bills[name] = (hours, energy, hours * price)
+    print(f"{name:>13}: {hours:12,.0f} GPU hours, {hours / V100_COUNT / 24:5.1f} days on", end=" ")
+    print(f"{V100_COUNT:,}, {energy / 1000:6,.0f} MWh", end=" ")
+    print(f"({energy / HOUSEHOLD:4,.0f} households a year), {hours * price / 1e6:4.1f} M dollars")
+own_energy = result.seconds / 3600 * LAPTOP_WATTS
+print(f"your run: {own_energy:.2f} Wh; GPT-3's then {bills['V100, as then'][1] * 1000:.1e} Wh")
+print(f"GPT-3 read {TOKENS_OF_GPT3 / WEIGHTS_OF_GPT3:.1f} tokens a weight")
+
+# %% tags=["test"]
+# Published values: 3.14e23 operations (Brown et al.), 14.8 days and 1,287 MWh (Patterson et al.).
+hours, energy, _ = bills["V100, as then"]
+assert abs(compute / 3.14e23 - 1) < 0.01
+assert abs(hours / V100_COUNT / 24 / 14.8 - 1) < 0.02
+assert abs(energy / 1_287_000 - 1) < 0.02
+
+# %% [markdown]
+# Our formula comes out within a few per cent of what was reported. That is the final run alone.
+# Experiments before it, failed runs, and above all the years of answering afterwards come on top.
+#
+# Was it money well spent? Put a law fitted to large models in place of yours (the values are Besiroglu
+# and others' 2024, who mended the fit of Hoffmann and others), and ask it for the best N and D for
+# the same compute.
+
+
+# %%
+def best_split(law: Law, compute: float) -> tuple[float, float]:
+    """The N and D with 6ND = compute and the lowest loss: where the slope along N is zero."""
+    both = law.alpha + law.beta
+    balance = (law.alpha * law.A / (law.beta * law.B)) ** (1 / both)
+    N = balance * (compute / 6) ** (law.beta / both)
+    return N, compute / 6 / N
+
+
+LARGE = Law(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
+N, D = best_split(LARGE, compute)
+print(f"best for GPT-3's compute: {N / 1e9:.0f} G weights, {D / 1e12:.2f} T tokens,", end=" ")
+print(f"{D / N:.0f} tokens a weight")
+as_it_was, as_it_could = LARGE.loss(WEIGHTS_OF_GPT3, TOKENS_OF_GPT3), LARGE.loss(N, D)
+print(f"loss by this law: {as_it_was:.3f} as it was, {as_it_could:.3f} at its best")
+
+# %% tags=["test"]
+# No neighbour with the same compute is better.
+for factor in (0.8, 0.98, 1.02, 1.25):
+    assert LARGE.loss(N * factor, D / factor) > LARGE.loss(N, D)
+assert 10 < D / N < 30
+assert 2.5 < WEIGHTS_OF_GPT3 / N < 4 and 2.5 < D / TOKENS_OF_GPT3 < 4  # "a third", "three times"
+
+# %% [markdown]
+# A model of a third of the size that had read three times as much would have been better, for the
+# same bill. It is also cheaper to use, every single time. After Hoffmann and others had shown this,
+# models were built smaller and read more.
+#
+# ## The real run
+#
+# Where a trained base model is at hand, it brings its own history, loss and settings. The cell reads
+# them from the file and works out the learning rate from the settings, with the `schedule` that you
+# built.
 
 # %%
 try:
     shipped = checkpoint.read_info(checkpoint.find("base"))
 except CheckpointError:
+    shipped = None
     print("there is no shipped base model here")
 else:
     print(f"{shipped.path.name}: {shipped.parameters / 1e6:.1f} M weights")
     lineage = shipped.lineage
-    print(f"{lineage.get('tokens', 0) / 1e6:.1f} M tokens, {lineage.get('minutes', '?')} minutes")
+    print(f"{lineage.get('tokens', 0) / 1e6:.1f} M tokens, {lineage.get('minutes', '?')} minutes,")
+    print(f"{lineage.get('tokens', 0) / shipped.parameters:.1f} tokens a weight")
     for name, value in shipped.metrics.get("bits_per_byte", {}).items():
         print(f"  {value:.3f} bits per byte on unseen {name}")
-    curve = shipped.metrics.get("curve", [])
-    for tokens, loss in curve[:: max(1, len(curve) // 12)]:
-        print(f"{tokens / 1e6:8.1f} M tokens {'█' * round(6 * loss)} {loss:.2f}")
+
+# %%
+curve = shipped.metrics.get("curve", []) if shipped else []
+kept_settings = shipped.lineage.get("settings") if shipped else None
+if long_enough := len(curve) > 20 and kept_settings is not None:
+    total = curve[-1][0]
+    falls_from = (1 - kept_settings["decay"]) * total
+    # The largest rise above what the loss had already reached: was the run finished before?
+    lowest, lowest_at, rise, resumed_at = math.inf, 0, 0.0, 0
+    for tokens, loss in curve:
+        if loss < lowest:
+            lowest, lowest_at = loss, tokens
+        elif loss - lowest > rise:
+            rise, resumed_at = loss - lowest, lowest_at
+    if rise > 0.1:
+        print(f"after {resumed_at / 1e6:.1f} M tokens the loss rose by {rise:.2f}:", end=" ")
+        print("the rate was turned up again there")
+    else:
+        resumed_at = 0
+    before = next(loss for tokens, loss in curve if tokens >= falls_from)
+    print(f"the rate falls from {falls_from / 1e6:.1f} M tokens on:", end=" ")
+    print(f"the loss goes from {before:.2f} to {curve[-1][1]:.2f}")
+
+
+# %%
+# alt: The shipped model's loss over its run; below, the rate: a short rise, a long flat, a fall.
+def draw_real_run(plt):
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 5), sharex=True)
+    above.plot([tokens / 1e6 for tokens, _ in curve], [loss for _, loss in curve], ".-")
+    above.set_ylabel("loss in nats a token")
+    # The settings speak of the last stretch; how the rate went before it, the file doesn't say.
+    stretch = [tokens for tokens, _ in curve if tokens >= resumed_at]
+    warmup, fall = kept_settings["warmup"], kept_settings["decay"]
+    rates = [schedule(round(1000 * tokens / total), 1000, warmup, fall) for tokens in stretch]
+    below.plot([tokens / 1e6 for tokens in stretch], rates, color="C1")
+    below.set(ylabel="share of the peak rate", xlabel="million tokens read", ylim=(0, 1.1))
+    for axis in (above, below):
+        axis.axvspan(falls_from / 1e6, total / 1e6, color="#808080", alpha=0.15)
+    return figure
+
+
+if long_enough:
+    picture("07_real_run", draw_real_run)
 
 # %% [markdown]
-# ## What we left out
+# **Warm-up, stable, decay**, in a run that lasted longer than yours. At first the loss falls off a
+# cliff: which tokens are common, which pairs. Then it flattens, while the rate stays. In the grey
+# part the rate falls. In the flat part long strides shake the weights about the valley; shorter
+# strides let them settle, and what was learned earlier *becomes visible*.
 #
-# - **Sharding the model.** With many GPUs, weights and optimizers can be split between them. Ours
-#   fit on one, so every process keeps a whole copy (data parallelism).
-# - **Choosing the data** is half of the art: deduplication, quality filters, the order of subjects.
-#   `tinychat/data/recipe.py` holds our mix with its reasons.
-# - **Tuning the rates** by runs at small size, and carrying them over to large ones.
-# - **Eight and four bits** in training, on hardware that has them.
+# If there is a dent in the middle, you see that twice. A run that was finished, its rate at zero, was
+# made longer: the rate goes up again, and at once the weights are shaken out of what they had settled
+# in. The second fall brings it back, and more (Wen et al. 2024 describe it, with a picture of a river
+# in its valley).
 #
-# ## Where this is in the package
-#
-# Everything tagged `export` here is `tinychat/pretraining.py`. `tinychat train base` calls
-# `pretrain` with more text and a progress bar; chapter 10 calls it with conversations.
+# One caution. While the rate falls, our recipe also changes the *texts*: near the end it reads more
+# of what the chatbot shall resemble, and some of that is easier to predict. So this curve flatters the
+# fall. Only a loss on the same unseen text would be fair; the lab notes have some.
 #
 # ## Exercises
 #
@@ -1362,12 +1789,73 @@ print(f"largest difference: {(ends[0] - ends[1]).abs().max():.1e}")
 torch.testing.assert_close(ends[0], ends[1], atol=1e-3, rtol=0)
 
 # %% [markdown]
+# **4. The wrong size.** You have the compute for the best model of `LARGE` at GPT-3's bill, but you
+# take a model that is four times too large, or four times too small, at the same compute. What does
+# each cost in loss? And which would you rather run for a year?
+
+# %% tags=["solution"]
+N, D = best_split(LARGE, compute)
+costs = {factor: LARGE.loss(N * factor, D / factor) - LARGE.loss(N, D) for factor in (0.25, 1, 4)}
+for factor, cost in costs.items():
+    print(f"{factor:4} times the best size: {cost:+.4f} nats a token")
+assert costs[1] == 0 < min(costs[0.25], costs[4]) < 0.1
+# The valley is flat: four times off costs little. The small one answers at a quarter of the price.
+
+# %% [markdown]
+# ## Check yourself
+#
+# 1. A fresh model's first loss is 12 nats with a vocabulary of 8,192. What do you do?
+# 2. Why may the matrix products be in bfloat16, but not the weights that are added to?
+# 3. What does Adam divide by, and what does Muon do in its place?
+# 4. Why does a flat schedule with a fall at the end suit a run whose end you don't know?
+# 5. You get ten times the compute. By Hoffmann and others, how much larger should the model be?
+#
+# <details markdown="1"><summary>Answers</summary>
+#
+# 1. Look for a bug: it must be near the logarithm of 8,192, which is about 9. Something makes it
+#    surer, and wrong, before it has read a word.
+# 2. Errors in products average out. A small step that is added to a large weight falls off its last
+#    digit, each time.
+# 3. By the root of a running average of squared gradients, number by number. Muon sets all singular
+#    values of a matrix's step near one.
+# 4. The flat part doesn't depend on the end. You choose when to fall.
+# 5. About three times, with about three times the tokens: both grow with the root of the compute.
+#
+# </details>
+#
+# ## What we left out
+#
+# - **Sharding the model.** With many GPUs, weights and optimizers can be split between them. Ours
+#   fit on one, so every process keeps a whole copy (data parallelism).
+# - **Choosing the data** is half of the art: deduplication, quality filters, the order of subjects.
+#   `tinychat/data/recipe.py` holds our mix with its reasons.
+# - **Tuning the rates** by runs at small size, and carrying them over to large ones.
+# - **Eight and four bits** in training, on hardware that has them.
+#
+# ## Where this is in the package
+#
+# Everything tagged `export` here is `tinychat/pretraining.py`. `tinychat train base` calls
+# `pretrain` with more text and a progress bar; chapter 10 calls it with conversations.
+#
 # ## Sources
 #
-# - I. Loshchilov, F. Hutter: *Decoupled Weight Decay Regularization* (2019). AdamW.
-# - K. Jordan et al.: *Muon: An optimizer for hidden layers in neural networks* (2024).
-# - S. Hu et al.: *MiniCPM: Unveiling the Potential of Small Language Models with Scalable Training
-#   Strategies* (2024). Warm-up, stable, decay.
-# - J. Kaplan et al.: *Scaling Laws for Neural Language Models* (2020). C ≈ 6ND, power laws.
-# - J. Hoffmann et al.: *Training Compute-Optimal Large Language Models* (2022). Tokens a weight.
-# - P. Micikevicius et al.: *Mixed Precision Training* (2018). Few bits for products, many for sums.
+# - I. Loshchilov, F. Hutter: [Decoupled weight decay regularization](https://arxiv.org/abs/1711.05101)
+#   (2019). AdamW.
+# - D. P. Kingma, J. Ba: [Adam](https://arxiv.org/abs/1412.6980) (2015).
+# - K. Jordan et al.: [Muon: an optimizer for hidden layers](https://kellerjordan.github.io/posts/muon/)
+#   (2024).
+# - S. Hu et al.: [MiniCPM](https://arxiv.org/abs/2404.06395) (2024). Warm-up, stable, decay.
+# - K. Wen et al.: [Understanding warmup-stable-decay learning rates](https://arxiv.org/abs/2410.05192)
+#   (2024). Why the fall helps, and how to go on after it.
+# - J. Kaplan et al.: [Scaling laws for neural language models](https://arxiv.org/abs/2001.08361)
+#   (2020). C ≈ 6ND, power laws.
+# - J. Hoffmann et al.: [Training compute-optimal large language models](https://arxiv.org/abs/2203.15556)
+#   (2022). The law with three parts, and tokens a weight.
+# - T. Besiroglu, E. Erdil, M. Barnett, J. You: [Chinchilla scaling: a replication
+#   attempt](https://arxiv.org/abs/2404.10102) (2024). The values that we use.
+# - T. B. Brown et al.: [Language models are few-shot learners](https://arxiv.org/abs/2005.14165)
+#   (2020). GPT-3's size and tokens.
+# - D. Patterson et al.: [Carbon emissions and large neural network training](https://arxiv.org/abs/2104.10350)
+#   (2021). What its training took.
+# - P. Micikevicius et al.: [Mixed precision training](https://arxiv.org/abs/1710.03740) (2018). Few
+#   bits for products, many for sums.

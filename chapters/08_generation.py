@@ -15,11 +15,15 @@
 # This chapter is about everything after that: choosing one token from the scores, doing it again
 # without reading the whole text again, and showing the result while it is still being made.
 #
-# You will build three things:
+# **What you will build**
 #
 # 1. **choosing**: greedy, temperature, top-k, top-p, min-p and a penalty for repeating;
-# 2. **remembering**: the KV cache, which makes a reply many times cheaper;
-# 3. **streaming**: from tokens to bytes to characters, without ever showing half an emoji.
+# 2. **remembering**: the KV cache, which makes a reply many times cheaper, and what it takes;
+# 3. **many replies at once**, for judging a model and for reinforcement learning;
+# 4. **streaming**: from tokens to bytes to characters, without ever showing half an emoji.
+#
+# **What you need:** chapters 03 (tokens and bytes), 05 (keys and values) and 06 (the network). The
+# code takes under a minute; reading it, an hour.
 
 # %% tags=["export"]
 import codecs
@@ -251,13 +255,19 @@ torch.testing.assert_close((logits_1V[0] / 0.5).softmax(-1), p_V**2 / (p_V**2).s
 # ## The long tail
 #
 # Most tokens are nonsense in any given place. Each one is very unlikely, but there are thousands of
-# them, and together they weigh something. The cell adds up the tail: all tokens but the best fifty.
-# Then it asks how likely a reply of fifty tokens is to step into it at least once.
+# them, and together they weigh something. The cell goes through the beginning of a story and adds up
+# the tail at each place: all tokens but the best thousand. Then it asks how likely a reply of fifty
+# tokens is to step into it at least once.
 
 # %%
-tail = float(1 - p_V.topk(50).values.sum())
+story = [tokenizer.bos_id, *tokenizer.encode(stories()[0].text)[: 40 if FAST else 120]]
+with torch.inference_mode():
+    p_TV = model(torch.tensor([story]))[0].softmax(-1)
+tail = float(1 - p_TV.topk(1000).values.sum(-1).mean())
 print(f"one draw comes from the tail in {tail:.1%} of cases")
 print(f"at this rate, {1 - (1 - tail) ** 50:.0%} of replies of 50 tokens hold such a token")
+far = p_TV[-1].argsort(descending=True)[2000:8000:1000]
+print("from the tail after the last of these words:", [tokenizer.piece(id) for id in far.tolist()])
 
 # %% [markdown]
 # One wrong token is enough to derail a reply: the model goes on from it as if it were true. So cut
@@ -315,6 +325,8 @@ torch.testing.assert_close(
 )
 
 # %% [markdown]
+# <!-- widget: sampling -->
+#
 # ## Min-p
 #
 # Top-p has a weakness that shows at high temperature. When the distribution is flat, reaching p
@@ -439,7 +451,7 @@ def draw_recipes(plt):
     top = 1.15 * max([peak for peak in peaks if peak < 0.999], default=1.0)
     figure, axes = plt.subplots(len(RECIPES), 1, figsize=(8, 8), sharex=True)
     for axis, (name, p_V) in zip(axes, distributions.items(), strict=True):
-        axis.bar(range(len(order)), p_V[order].tolist(), color="#177245")
+        axis.bar(range(len(order)), p_V[order].tolist())
         axis.set_title(name, loc="left", fontsize=9)
         axis.set_ylim(0, top)
         axis.yaxis.set_major_formatter("{x:.0%}")
@@ -651,15 +663,85 @@ def draw_timings(plt):
 picture("08_cache", draw_timings)
 
 # %% [markdown]
+# ## What the notes take
+#
 # Nothing is free: the notes take memory. For every token, every layer keeps one key and one value
-# for each key head.
+# for each key head, and each of them is a vector of the head's width. Work it out, then look at the
+# cache's own tensors. Do they agree?
 
 # %%
 config = model.config
-per_token = 2 * config.layers * config.kv_heads * config.head_width * 4
-print(f"{per_token / 1024:.0f} KiB a token in float32,", end=" ")
-print(f"{per_token * config.context / 2**20:.1f} MiB for the full context of {config.context}")
-print(f"grouped heads save a factor of {config.heads // config.kv_heads} of it")
+numbers = 2 * config.layers * config.kv_heads * config.head_width  # keys and values
+print(
+    f"2 x {config.layers} layers x {config.kv_heads} key heads x {config.head_width} wide", end=" "
+)
+print(f"= {numbers:,} numbers a token, 4 bytes each in float32")
+room_for = 100
+notes = [
+    tensor
+    for layer in model.new_cache(1, room_for).layers
+    for tensor in vars(layer).values()
+    if isinstance(tensor, Tensor)
+]
+taken = sum(tensor.numel() * tensor.element_size() for tensor in notes)
+print(f"the cache holds {len(notes)} tensors, {taken / room_for:,.0f} bytes a token")
+print(f"a full context of {config.context} tokens: {4 * numbers * config.context / 2**20:.1f} MiB")
+print(f"the weights themselves: {4 * config.parameters / 2**20:.1f} MiB")
+
+# %% tags=["test"]
+assert taken == room_for * numbers * 4
+
+# %% [markdown]
+# For a small model that is little. For a large one it decides how many people can be served at once,
+# because each conversation has a cache of its own. That is why **grouped heads** were invented
+# (chapter 05): several heads ask, and share one set of keys and values. The cell compares the two for
+# our model, and for the published shape of a large one, in two bytes a number.
+
+# %%
+LARGE_SHAPE = {"layers": 80, "heads": 64, "kv_heads": 8, "head_width": 128}  # Llama 2 70B
+OURS = {name: getattr(config, name) for name in LARGE_SHAPE}
+
+
+def bytes_a_token(shape: dict[str, int], grouped: bool, size: int) -> int:
+    heads = shape["kv_heads"] if grouped else shape["heads"]
+    return 2 * shape["layers"] * heads * shape["head_width"] * size
+
+
+memory = {}
+for name, shape in (("ours", OURS), ("70 billion weights", LARGE_SHAPE)):
+    for grouped in (False, True):
+        memory[name, grouped] = bytes_a_token(shape, grouped, size=2)
+        label = "grouped heads" if grouped else "a key for each head"
+        print(
+            f"{name:>18}, {label:>19}: {memory[name, grouped] / 1024:8,.0f} KiB a token,", end=" "
+        )
+        print(f"{memory[name, grouped] * 4096 / 2**20:9,.0f} MiB for 4,096 tokens")
+
+
+# %%
+# alt: Cache memory against tokens for two models, log scale: grouped heads lie far below full ones.
+def draw_memory(plt):
+    figure, axis = plt.subplots(figsize=(8.5, 3.5))
+    tokens = [2**power for power in range(7, 16)]
+    for number, name in enumerate(("ours", "70 billion weights")):
+        for grouped, line in ((False, "--"), (True, "-")):
+            label = f"{name}, {'grouped' if grouped else 'a key for each head'}"
+            sizes = [memory[name, grouped] * count / 2**20 for count in tokens]
+            axis.plot(tokens, sizes, line, color=f"C{number}", label=label)
+    axis.axhline(80 * 1024, color="#808080", linestyle=":", label="a GPU's 80 GiB")
+    axis.set(xscale="log", yscale="log", xlabel="tokens of one conversation", ylabel="MiB")
+    axis.set_xticks([128, 1024, 8192, 32768], ["128", "1,024", "8,192", "32,768"])
+    axis.minorticks_off()
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+picture("08_memory", draw_memory)
+
+# %% tags=["test"]
+for name, shape in (("ours", OURS), ("70 billion weights", LARGE_SHAPE)):
+    factor = shape["heads"] // shape["kv_heads"]
+    assert memory[name, False] == factor * memory[name, True]
 
 # %% [markdown]
 # The cache also helps from one turn of a chat to the next: the conversation so far is the beginning
@@ -775,7 +857,7 @@ def _decode_batch(
 prompts = [
     [tokenizer.bos_id, *tokenizer.encode(text)]
     for text in ("The", "Once there was a", "Every morning the old man went to", "A bear")
-] * 4
+] * (2 if FAST else 4)
 quick_reply = Sampling(temperature=0, max_tokens=12)
 begin = time.perf_counter()
 one_by_one = [list(generate(model, ids, quick_reply)) for ids in prompts]
@@ -910,22 +992,6 @@ for name in ("careful", "our default", "hot, min-p"):
     print(f"\n({count / (time.perf_counter() - begin):.0f} pieces a second)\n")
 
 # %% [markdown]
-# ## What we left out
-#
-# - **Beam search** keeps several texts and returns the most likely one. That helps translation,
-#   where one right answer exists. In open conversation it is greedy decoding with more effort: duller
-#   still (Holtzman et al. 2020).
-# - **Speculative decoding**: a small model guesses, the large one checks several tokens in one go.
-#   Chapter 14 builds it.
-# - **Paged caches and continuous batching**: servers with many users cut the cache into pages and
-#   let rows join and leave a running batch. Our batch waits for its slowest row.
-# - **Constrained decoding**: forbid every token that would break a grammar, such as JSON.
-#
-# ## Where this is in the package
-#
-# Everything tagged `export` here is `tinychat/generation.py`. The chat session calls `generate` with
-# a cache that lives as long as the conversation; evaluation and PPO call `generate_batch`.
-#
 # ## Exercises
 #
 # **1. Another filter.** *Top-nσ* (Tang et al. 2024) keeps every token whose logit is at least the
@@ -1015,14 +1081,57 @@ assert "".join(until(iter("Hum Hum, Hu"), "Human:")) == "Hum Hum, Hu"
 assert "".join(until(iter("aab"), "ab")) == "a"
 
 # %% [markdown]
+# ## Check yourself
+#
+# 1. Temperature 0.5 in a world of two tokens with probabilities 0.8 and 0.2. What are they now?
+# 2. Top-k 40 keeps forty tokens. Name a place in a sentence where that is too many, and one where it
+#    is too few.
+# 3. Why does greedy decoding repeat itself, and why can't top-p stop a loop?
+# 4. What does the KV cache keep, and why may it?
+# 5. A program decodes token by token and shows "�" now and then. What went wrong?
+#
+# <details markdown="1"><summary>Answers</summary>
+#
+# 1. Square and divide by the sum: 0.64 and 0.04 make 0.94 and 0.06.
+# 2. Too many after a first name that only one surname follows. Too few at the beginning of a story.
+# 3. Every repetition makes the next one more likely. In a loop the repeated token *is* the likely one,
+#    and top-p keeps likely tokens.
+# 4. The keys and values of all tokens so far. Attention looks only backwards, so later tokens change
+#    nothing about them.
+# 5. It cut a character in two. Bytes must be held back until they make a whole one.
+#
+# </details>
+#
+# ## What we left out
+#
+# - **Beam search** keeps several texts and returns the most likely one. That helps translation,
+#   where one right answer exists. In open conversation it is greedy decoding with more effort: duller
+#   still (Holtzman et al. 2020).
+# - **Speculative decoding**: a small model guesses, the large one checks several tokens in one go.
+#   Chapter 14 builds it.
+# - **Paged caches and continuous batching**: servers with many users cut the cache into pages and
+#   let rows join and leave a running batch. Our batch waits for its slowest row.
+# - **Constrained decoding**: forbid every token that would break a grammar, such as JSON.
+#
+# ## Where this is in the package
+#
+# Everything tagged `export` here is `tinychat/generation.py`. The chat session calls `generate` with
+# a cache that lives as long as the conversation; evaluation and PPO call `generate_batch`.
+#
 # ## Sources
 #
-# - A. Holtzman, J. Buys, L. Du, M. Forbes, Y. Choi: *The Curious Case of Neural Text Degeneration*
-#   (2020). Top-p; why the most likely text is not the best.
-# - M. N. Nguyen, A. Baker, C. Neo, A. Roush, A. Kirsch, R. Shwartz-Ziv: *Turning Up the Heat: Min-p
-#   Sampling for Creative and Coherent LLM Outputs* (2024).
-# - N. S. Keskar, B. McCann, L. R. Varshney, C. Xiong, R. Socher: *CTRL: A Conditional Transformer
-#   Language Model for Controllable Generation* (2019). The repetition penalty.
-# - R. Pope et al.: *Efficiently Scaling Transformer Inference* (2022). The cost of a token, the cache.
-# - A. Fan, M. Lewis, Y. Dauphin: *Hierarchical Neural Story Generation* (2018). Top-k.
-# - C. Tang et al.: *Top-nσ: Not All Logits Are You Need* (2024). Exercise 1.
+# - A. Holtzman, J. Buys, L. Du, M. Forbes, Y. Choi:
+#   [The curious case of neural text degeneration](https://arxiv.org/abs/1904.09751) (2020). Top-p; why
+#   the most likely text is not the best.
+# - M. N. Nguyen, A. Baker, C. Neo, A. Roush, A. Kirsch, R. Shwartz-Ziv:
+#   [Turning up the heat: min-p sampling](https://arxiv.org/abs/2407.01082) (2024).
+# - N. S. Keskar, B. McCann, L. R. Varshney, C. Xiong, R. Socher:
+#   [CTRL](https://arxiv.org/abs/1909.05858) (2019). The repetition penalty.
+# - A. Fan, M. Lewis, Y. Dauphin: [Hierarchical neural story generation](https://arxiv.org/abs/1805.04833)
+#   (2018). Top-k.
+# - R. Pope et al.: [Efficiently scaling transformer inference](https://arxiv.org/abs/2211.05102)
+#   (2022). The cost of a token, the cache.
+# - N. Shazeer: [Fast transformer decoding](https://arxiv.org/abs/1911.02150) (2019). One set of keys for
+#   all heads; J. Ainslie et al.: [GQA](https://arxiv.org/abs/2305.13245) (2023). A few.
+# - H. Touvron et al.: [Llama 2](https://arxiv.org/abs/2307.09288) (2023). The large shape.
+# - C. Tang et al.: [Top-nσ](https://arxiv.org/abs/2411.07641) (2024). Exercise 1.
