@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent
 STAMP = "tinychat-installed.json"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 EXTRAS = {  # what a command needs beyond the package itself
-    "test": ("data", "dev", "notebooks"),
+    "test": ("data", "dev", "docs", "notebooks"),
     "train": ("data",),
     "data": ("data",),
 }

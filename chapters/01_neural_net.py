@@ -85,6 +85,7 @@ def draw_grids(plt, rows_NP: Tensor, titles: Sequence[str], colours: str, column
         axis.imshow(row_P.view(3, 3).tolist(), cmap=colours, vmin=-top, vmax=top)
         axis.set_title(title, fontsize=10)
         axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(True)  # white pixels have no edge of their own on white
     return figure
 
 
@@ -582,6 +583,8 @@ assert first < -0.4 and first < second < last and last > 0.8
 # %% [markdown]
 # To the first layer, a picture and its negative are still rather opposite. Layer by layer they move
 # together, because a hint and the opposite hint may lead to the same symbol.
+#
+# <!-- widget: pixels -->
 #
 # ## Noise
 #

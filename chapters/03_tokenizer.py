@@ -16,8 +16,18 @@
 # **tokenizer**. A piece is called a **token**.
 #
 # It sounds like a detail. But the tokenizer decides how long a text is for the model, what the
-# model can say at all, and why it is bad at counting the letters of a word. In this chapter you
-# build one, check it against the one that real models use, and train your own.
+# model can say at all, and why it is bad at counting the letters of a word.
+#
+# **What you will build**
+#
+# 1. byte-pair encoding in its plainest form, on one line of text;
+# 2. an encoder that can write any text at all, emoji and Chinese included;
+# 3. a comparison, merge by merge, with SentencePiece, the library that real models use;
+# 4. the `Tokenizer` of this book, with pieces that nobody can type;
+# 5. a tokenizer of your own, and a look at what each language pays.
+#
+# **What you need:** chapter 01 for the habit of reading such pages; no mathematics. The code runs in
+# well under a minute; take an hour to read.
 
 # %% tags=["export"]
 import hashlib
@@ -42,6 +52,7 @@ from tinychat.runtime.errors import ConfigError, TinychatError
 # %%
 import time
 
+from tinychat.book.picture import picture
 from tinychat.data import tokenizer_model
 from tinychat.data.corpus import dialogues, explanations, stories
 from tinychat.data.split import split_of
@@ -264,6 +275,8 @@ for text in (story, sentence, "", "🦊 é 日本", "two  spaces\n\n", "a real �
 # Look at the first merges: bits of the most common English words, and many of them begin with a
 # space. Look at the fox as well: one emoji became several byte pieces, and none of them means
 # anything on its own.
+#
+# <!-- widget: merges -->
 #
 # ## The same thing, faster
 #
@@ -598,11 +611,29 @@ samples = {
     "digits": "3.14159265358979",
 }
 print(f"{'bytes a token':16}{'shipped':>8}{'yours':>8}")
-per_token = {}
+per_token, of_mine = {}, {}
 for name, text in samples.items():
     sizes = [len(text.encode()) / len(t.encode(text)) for t in (shipped, mine)]
-    per_token[name] = sizes[0]
+    per_token[name], of_mine[name] = sizes
     print(f"{name:16}{sizes[0]:8.2f}{sizes[1]:8.2f}")
+
+
+# %%
+# alt: Bytes a token for eight kinds of text: English is far ahead of German, emoji and digits.
+def draw_prices(plt):
+    figure, axis = plt.subplots()
+    places = list(range(len(per_token)))
+    axis.barh([y - 0.2 for y in places], list(per_token.values()), 0.4, label="shipped")
+    axis.barh([y + 0.2 for y in places], list(of_mine.values()), 0.4, label="yours")
+    axis.axvline(1, color="grey", linestyle=":", label="every byte a token")
+    axis.set_yticks(places, list(per_token))
+    axis.invert_yaxis()
+    axis.set(xlabel="bytes a token: more is cheaper")
+    axis.legend()
+    return figure
+
+
+picture("03_prices", draw_prices)
 
 # %% [markdown]
 # English is cheap, because the tokenizer was trained on English. German costs more, and Japanese
@@ -734,6 +765,25 @@ print(f"plain {middle - start:.2f} s, with bookkeeping {end - middle:.2f} s")
 assert fast == slow
 
 # %% [markdown]
+# ## Check yourself
+#
+# 1. Why not simply take words as tokens?
+# 2. Two pairs are equally frequent. Why must the rule for ties be fixed?
+# 3. What becomes of an emoji that no training text held?
+# 4. A user types `<|end|>`. Which token does the model get?
+# 5. Model A has a loss of 3.0 a token, model B of 2.5. Which is better?
+#
+# <details markdown="1"><summary>Answers</summary>
+#
+# 1. The list would be huge, most words in it rare, and the next text would still bring new ones.
+# 2. Or the same text would give two different lists of merges, and a model trained with one can't
+#    read the other's numbers.
+# 3. Its bytes, a token each. The text comes back as it was.
+# 4. Letters and marks as in any other text. Control ids come from the program alone.
+# 5. You can't tell: their tokens may differ in length. Compare bits per byte (exercise 2).
+#
+# </details>
+#
 # ## What we left out
 #
 # - **Unigram tokenizers.** Instead of merging upwards, they start with far too many pieces and

@@ -1,4 +1,4 @@
-"""`python -m tinychat.book export | check | where PLACE | run CHAPTER`."""
+"""`python -m tinychat.book export | check | where PLACE | run CHAPTER | notebooks`."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinychat.book import check, export, where
+from tinychat.book import check, export, notebooks, where
 from tinychat.book.chapter import BookError
 
 
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run", help="run a chapter as a script")
     run.add_argument("chapter", metavar="05", help="a chapter's number or name")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the chapter")
+    books = commands.add_parser("notebooks", help="write every chapter as a Jupyter notebook")
+    books.add_argument("--out", type=Path, default=Path("notebooks"), help="folder (notebooks)")
     options = parser.parse_args(argv)
     try:
         root = options.root or find_root()
@@ -51,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_chapter(root, options.chapter, options.arguments)
         if options.command == "where":
             print(where.where(root, options.place))
+            return 0
+        if options.command == "notebooks":
+            print("\n".join(map(str, notebooks.write_notebooks(root, options.out))))
             return 0
         if options.command == "check":
             problems = check.check(root)

@@ -48,7 +48,8 @@ def picture(name: str, draw: Callable[[Any], Any]) -> None:
         matplotlib.use("Agg")  # writes files; opens no window that waits to be closed
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(style()):
+    settings: Any = style()  # matplotlib's own type for them lists all three hundred names
+    with plt.rc_context(settings):
         figure = draw(plt)
         if notebook:
             plt.show()
