@@ -19,8 +19,16 @@
 # marked. Attention does this for every token at once. The strength of the marks are numbers that
 # add up to one, and "reading" is an average, weighted by them.
 #
-# You will build it in small steps: a plain average, marks that depend on the words, many
-# highlighters at once, and the things that make it quick and calm. You need chapter 04.
+# **What you will build**
+#
+# 1. a plain average of everything that came before, in three ways that give the same numbers;
+# 2. queries, keys and values: marks that depend on the words;
+# 3. many heads at once, grouped heads, and the tricks that keep it quick and calm;
+# 4. three small models that you train and look into: one that finds a card, one that learns which
+#    *bank* is meant, and one that needs two highlighters at once;
+# 5. the price: how the work grows with the length of the text.
+#
+# **What you need:** chapters 01 and 04. The code runs in about a minute; take an hour to read.
 
 # %% tags=["export"]
 import torch
@@ -43,8 +51,11 @@ from tinychat.embeddings import apply_rotary
 import os
 import time
 
+from tinychat.book.picture import picture
 from tinychat.embeddings import rotary_tables
+from tinychat.runtime.device import set_threads
 
+set_threads()
 FAST = os.environ.get("TINYCHAT_FAST") == "1"
 torch.manual_seed(0)
 B, T, D = 2, 5, 4
@@ -146,6 +157,12 @@ for K in (4, 64, 1024):
     )
 
 
+# %% [markdown]
+# All of it in one line, as it stands in the paper (Vaswani et al. 2017; their $d$ is our K):
+#
+# $$\text{attention}(Q, K, V) = \text{softmax}\!\left(\frac{Q K^\top}{\sqrt{d}}\right) V$$
+
+
 # %%
 def attend_naive(q_TK: Tensor, k_SK: Tensor, v_SK: Tensor) -> tuple[Tensor, Tensor]:
     """One head for one text: returns what each token gathered, and its marks."""
@@ -238,10 +255,14 @@ print("loop, stacked product and PyTorch's own agree")
 
 # %% [markdown]
 # Half of the scores lie in the future: computed, then thrown away. Cut the queries into blocks, and
-# let each block look only as far as its own last token. With 256 tokens in blocks of 64 that leaves
-# 64 + 128 + 192 + 256 columns instead of 4 · 256, so 3/8 of the work is never done; and the pieces
-# fit into the processor's cache. On two CPU cores this made the whole training step 1.17 × as fast
-# (lab notes).
+# let each block look only as far as its own last token. The smaller pieces also fit into the
+# processor's cache. How much it brings to the whole training step is in the lab notes.
+
+# %%
+length, block = 256, 64
+columns = [stop for stop in range(block, length + 1, block)]
+share_left = sum(columns) / (len(columns) * length)
+print(f"{length} tokens in blocks of {block}: {columns} columns, {share_left:.0%} of the scores")
 
 
 # %% tags=["export"]
@@ -493,17 +514,28 @@ def deal(rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return letters_BT, digits_BT, digits_BT.gather(1, asked_B1)[:, 0]
 
 
+def practise(model: nn.Module, loss_of_batch, steps: int) -> None:
+    """Chapter 01's loop with AdamW's steps (chapter 07), smaller and smaller ones."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    fall = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
+    for _step in range(steps):
+        loss = loss_of_batch(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        fall.step()
+
+
+def card_loss(player: nn.Module) -> Tensor:
+    letters_BT, digits_BT, answers_B = deal(64)
+    return F.cross_entropy(player(letters_BT, digits_BT), answers_B)
+
+
 players, scores = {}, {}
 for average in (True, False):
     torch.manual_seed(0)
     player = CardPlayer(average)
-    optimizer = torch.optim.AdamW(player.parameters(), lr=1e-2, weight_decay=0.0)
-    for _step in range(500 if FAST else 1000):
-        letters_BT, digits_BT, answers_B = deal(64)
-        loss = F.cross_entropy(player(letters_BT, digits_BT), answers_B)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    practise(player, card_loss, 250 if FAST else 1000)
     with torch.no_grad():
         letters_BT, digits_BT, answers_B = deal(1000)
         right = (player(letters_BT, digits_BT).argmax(dim=1) == answers_B).float().mean()
@@ -515,21 +547,31 @@ for average in (True, False):
 assert scores["attention"] > 0.9 > 0.5 > scores["average"]
 
 # %% [markdown]
-# Look at its marks. The layer keeps none, so the cell computes the scores of the last card once
-# more, from the layer's own matrices, as the mean of both heads.
+# Look at its marks. The layer keeps none, so compute them once more from the layer's own matrices:
+# steps 1, 2 and 3, and the softmax of step 5. To be sure that these are the marks that the layer
+# really used, finish the job with them and compare.
+
 
 # %%
+def marks_of(layer: Attention, x_BTD: Tensor) -> Tensor:
+    """The marks of every head, `[B, H, T, S]`; each row adds up to one."""
+    B, T, _ = x_BTD.shape
+    cos_TK, sin_TK = rotary_tables(T, layer.head_width)
+    q = layer.q_norm(layer.q(x_BTD).view(B, T, -1, layer.head_width)).transpose(1, 2)
+    k = layer.k_norm(layer.k(x_BTD).view(B, T, -1, layer.head_width)).transpose(1, 2)
+    q, k = apply_rotary(q, cos_TK, sin_TK), apply_rotary(k, cos_TK, sin_TK)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores_BHTS = q @ k.transpose(-2, -1) / layer.head_width**0.5
+    return scores_BHTS.masked_fill(~causal_mask(T, T), float("-inf")).softmax(dim=-1)
+
+
 player = players["attention"]
 torch.manual_seed(3)
 letters_BT, digits_BT, answers_B = deal(1)
 with torch.no_grad():
-    layer, x_BTD = player.attention, player.cards(letters_BT, digits_BT)
-    cos_TK, sin_TK = rotary_tables(CARDS + 1, 16)
-    q_BHTK = layer.q_norm(layer.q(x_BTD).view(1, CARDS + 1, 2, 16)).transpose(1, 2)
-    k_BHTK = layer.k_norm(layer.k(x_BTD).view(1, CARDS + 1, 1, 16)).transpose(1, 2)
-    q_BHTK, k_BHTK = apply_rotary(q_BHTK, cos_TK, sin_TK), apply_rotary(k_BHTK, cos_TK, sin_TK)
-    scores_HS = (q_BHTK[0, :, -1:] @ k_BHTK[0].transpose(-2, -1))[:, 0] / 16**0.5
-    marks_S = scores_HS.softmax(dim=-1).mean(dim=0)
+    cards_BTD = player.cards(letters_BT, digits_BT)
+    marks_BHTS = marks_of(player.attention, cards_BTD)
+    marks_S = marks_BHTS[0, :, -1].mean(dim=0)  # of the last card, the mean of both heads
 for letter, digit, mark in zip(letters_BT[0], digits_BT[0], marks_S.tolist(), strict=True):
     card = chr(ord("A") + int(letter)) + ("?" if digit == DIGITS else str(int(digit)))
     print(f"  {card} {mark:5.0%} {'█' * round(40 * mark)}")
@@ -538,51 +580,444 @@ print("the answer was", int(answers_B[0]))
 # %% tags=["test"]
 place = int((letters_BT[0, :-1] == letters_BT[0, -1]).nonzero()[0, 0])
 assert int(marks_S.argmax()) == place, "it looks at the card with its letter"
+with torch.no_grad():
+    layer = player.attention
+    v_BHSK = layer.v(cards_BTD).view(1, CARDS + 1, -1, 16).transpose(1, 2)
+    gathered_BHTK = marks_BHTS @ v_BHSK  # one key head serves both query heads
+    by_hand_BTD = layer.out(gathered_BHTK.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(by_hand_BTD, layer(cards_BTD, *rotary_tables(CARDS + 1, 16)))
 
 # %% [markdown]
 # Nobody told the layer to compare letters. The loss did: the gradient of wrong guesses made queries
 # and keys of equal letters fit each other.
 #
+# ## River bank, money bank
+#
+# Back to the bank. At the beginning of this chapter you made its query up. Now let training find it.
+#
+# Six words of English have a meaning in nature and another among things that people make: a *bank*
+# has reeds or counters, a *bat* wings or a handle, a *mouse* whiskers or a cable. The model reads
+# sentences like "anna saw the river and the keyboard . then ben drew the bank and the mouse ." and
+# must say, for each of the two double words, whether it is **wild** or **made**. Sometimes nothing
+# in the sentence tells. Then the right answer is **unclear**.
+#
+# Mind what makes this hard. The sentence above holds a hint for *wild* and a hint for *made*. So it
+# isn't enough to gather hints: *bank* must look at *river* and leave *keyboard* alone, and *mouse*
+# the other way round. And of the sentences that hold the same two hints and the same two double
+# words, every fifth kind is kept apart. The model is measured on those alone.
+
+# %%
+import random
+import zlib
+
+HINTS = {  # for each double word: hints that it is wild, hints that it is made
+    "bank": ("river stream lake".split(), "money loan coins".split()),
+    "bat": ("cave night wings".split(), "ball game team".split()),
+    "mouse": ("cheese fur whiskers".split(), "keyboard screen cable".split()),
+    "crane": ("feathers nest marsh".split(), "tower builder concrete".split()),
+    "seal": ("ice sea fish".split(), "letter wax stamp".split()),
+    "trunk": ("leaves branches roots".split(), "luggage suitcase ticket".split()),
+}
+ANSWERS = ("wild", "made", "unclear")
+PEOPLE, SEEN = "anna ben clara david emma felix".split(), "saw found liked drew noticed".split()
+hint_words = [hint for kinds in HINTS.values() for kind in kinds for hint in kind]
+vocabulary = sorted({*HINTS, *hint_words, *PEOPLE, *SEEN, "the", "and", "then", "."})
+word_ids = {word: number for number, word in enumerate(vocabulary)}
+
+
+def make_sentence(draw: random.Random, kinds: int = 3) -> tuple[list[str], list[tuple[str, str]]]:
+    """A sentence, and for each of its double words the hint that was meant for it or "unclear"."""
+    doubles = draw.sample(sorted(HINTS), 2)
+    others = draw.sample(sorted(set(HINTS) - set(doubles)), 2)
+    hints, told = [], []
+    for double, other in zip(doubles, others, strict=True):
+        kind = draw.randrange(kinds)
+        # Where nothing shall tell, the hint is one for a word that isn't in the sentence.
+        hints.append(draw.choice(HINTS[other if kind == 2 else double][kind % 2]))
+        told.append((double, "unclear" if kind == 2 else hints[-1]))
+    one, two = draw.sample(hints, 2)
+    first = [draw.choice(PEOPLE), draw.choice(SEEN), "the", one, "and", "the", two, "."]
+    second = ["then", draw.choice(PEOPLE), draw.choice(SEEN), "the", doubles[0]]
+    return [*first, *second, "and", "the", doubles[1], "."], told
+
+
+def kept_apart(words: list[str]) -> bool:
+    """Whether sentences with these hints and double words are for measuring only."""
+    telling = sorted(word for word in words if word in HINTS or word in hint_words)
+    return zlib.crc32(" ".join(telling).encode()) % 5 == 0
+
+
+def sentence_batch(
+    draw: random.Random, rows: int, apart: bool, kinds: int = 3
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Word ids; places of the double words; places of their hints (-1: none); the answers."""
+    ids, doubles_at, hints_at, answers = [], [], [], []
+    while len(ids) < rows:
+        words, told = make_sentence(draw, kinds)
+        if kept_apart(words) != apart:
+            continue
+        ids.append([word_ids[word] for word in words])
+        doubles_at.append([words.index(double) for double, _ in told])
+        hints_at.append([words.index(hint) if hint in words else -1 for _, hint in told])
+        answers.append(
+            [2 if hint == "unclear" else int(hint in HINTS[double][1]) for double, hint in told]
+        )
+    return (
+        torch.tensor(ids),
+        torch.tensor(doubles_at),
+        torch.tensor(hints_at),
+        torch.tensor(answers),
+    )
+
+
+for seed in range(4):
+    words, told = make_sentence(random.Random(seed))
+    print(" ".join(words), "→", ", ".join(f"{double}: {hint}" for double, hint in told))
+
+# %% [markdown]
+# The model is as small as can be: a table, one attention layer, the word itself added to what it
+# gathered, and three votes. To see what many heads are good for, we train it with one head of width
+# 32 and with four heads of width 8. Both have the same number of weights, up to the few of QK-norm.
+# Beside them again the dull highlighter, and everything with several seeds.
+
+
+# %%
+class SenseReader(nn.Module):
+    """For each word: is it wild, made, or unclear? With no heads it only averages the past."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.embed = nn.Embedding(len(vocabulary), 32)
+        nn.init.normal_(self.embed.weight, std=0.1)
+        self.attention = Attention(32, heads, heads, 32 // heads, 1e-6) if heads else None
+        self.guess = nn.Linear(32, len(ANSWERS))
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        x_BTD, T = self.embed(ids_BT), ids_BT.shape[1]
+        if self.attention is None:
+            shares_TS = causal_mask(T, T) / torch.arange(1, T + 1)[:, None]
+            return self.guess(x_BTD + shares_TS @ x_BTD)
+        tables = rotary_tables(T, self.attention.head_width)
+        return self.guess(x_BTD + self.attention(x_BTD, *tables))
+
+
+def train_reader(heads: int, seed: int, kinds: int = 3) -> SenseReader:
+    torch.manual_seed(seed)
+    draw, reader = random.Random(seed), SenseReader(heads)
+
+    def loss_of_batch(reader: nn.Module) -> Tensor:
+        ids_BT, doubles_at_B2, _, answers_B2 = sentence_batch(draw, 64, False, kinds)
+        logits_B2C = reader(ids_BT)[torch.arange(64)[:, None], doubles_at_B2]
+        return F.cross_entropy(logits_B2C.flatten(0, 1), answers_B2.flatten())
+
+    practise(reader, loss_of_batch, 200 if FAST else 300)
+    return reader
+
+
+@torch.no_grad()
+def measure_reader(reader: SenseReader, kinds: int = 3) -> tuple[float, float]:
+    """The share of right answers, and of double words that mark their own hint most of all."""
+    ids_BT, doubles_at_B2, hints_at_B2, answers_B2 = sentence_batch(
+        random.Random(99), 500, True, kinds
+    )
+    rows_B1 = torch.arange(len(ids_BT))[:, None]
+    right = (reader(ids_BT)[rows_B1, doubles_at_B2].argmax(dim=-1) == answers_B2).float().mean()
+    if reader.attention is None:
+        return float(right), 0.0
+    marks_BTS = marks_of(reader.attention, reader.embed(ids_BT)).mean(dim=1)
+    looks_B2 = marks_BTS[rows_B1, doubles_at_B2].argmax(dim=-1) == hints_at_B2
+    return float(right), float(looks_B2[answers_B2 < 2].float().mean())
+
+
+SEEDS = (0,) if FAST else (0, 1, 2)
+readers: dict[tuple[int, int], SenseReader] = {}
+measured: dict[tuple[int, int], tuple[float, float]] = {}
+begin = time.perf_counter()
+for heads in (0, 4) if FAST else (0, 1, 4):
+    for seed in SEEDS:
+        readers[heads, seed] = train_reader(heads, seed)
+        measured[heads, seed] = measure_reader(readers[heads, seed])
+        right, looks = measured[heads, seed]
+        name = {0: "average", 1: "one head"}.get(heads, f"{heads} heads")
+        print(f"{name:>8}, seed {seed}: {right:4.0%} right, {looks:4.0%} look at their hint most")
+print(f"{time.perf_counter() - begin:.0f} s")
+
+# %% tags=["test"]
+for seed in SEEDS:
+    assert measured[4, seed][0] > 0.95 and measured[4, seed][1] > 0.9
+    assert measured[0, seed][0] < 0.7
+
+# %% [markdown]
+# Four heads say it right where the average guesses. Now read their marks. Two sentences that differ
+# in one word, with every word highlighted as strongly as *bank* marks it (the mean of four heads):
+
+# %%
+PAIR = [
+    f"anna saw the {hint} and the keyboard . then ben drew the mouse and the bank ."
+    for hint in ("river", "money")
+]
+
+
+@torch.no_grad()
+def read_aloud(reader: SenseReader, text: str, word: str) -> tuple[Tensor, list[float]]:
+    """The marks `[H, T, S]` for a sentence, and the three probabilities at one word."""
+    words = text.split()
+    ids_BT = torch.tensor([[word_ids[one] for one in words]])
+    shares_C = reader(ids_BT)[0, words.index(word)].softmax(dim=-1)
+    return marks_of(reader.attention, reader.embed(ids_BT))[0], shares_C.tolist()
+
+
+for text in PAIR:
+    print(text)
+    for seed in SEEDS:
+        marks_HTS, shares = read_aloud(readers[4, seed], text, "bank")
+        marks_S = marks_HTS.mean(dim=0)[text.split().index("bank")]
+        best = marks_S.topk(2)
+        looked = ", ".join(
+            f"{text.split()[place]} {mark:.0%}"
+            for mark, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        )
+        answer = ANSWERS[shares.index(max(shares))]
+        print(f"  seed {seed}: bank looks at {looked}; it is {answer} ({max(shares):.0%})")
+
+# %% tags=["test"]
+for seed in SEEDS:
+    for text, hint, answer in zip(PAIR, ("river", "money"), ("wild", "made"), strict=True):
+        marks_HTS, shares = read_aloud(readers[4, seed], text, "bank")
+        words = text.split()
+        assert words[int(marks_HTS.mean(dim=0)[words.index("bank")].argmax())] == hint
+        assert ANSWERS[shares.index(max(shares))] == answer
+
+
+# %%
+# alt: Two sentences with bank's marks as a highlighter: river is bold in one, money in the other.
+def draw_highlighter(plt):
+    figure, axis = plt.subplots(figsize=(8, 1.3))
+    for line, text in enumerate(PAIR):
+        marks_HTS, _ = read_aloud(readers[4, 0], text, "bank")
+        words = text.split()
+        marks_S = marks_HTS.mean(dim=0)[words.index("bank")].tolist()
+        column = 0
+        for word, mark in zip(words, marks_S, strict=True):
+            box = {"facecolor": "C4", "alpha": min(1.0, mark), "edgecolor": "none", "pad": 2}
+            axis.text(column, -line, word, family="monospace", fontsize=9, bbox=box)
+            column += len(word) + 1
+    axis.set(xlim=(-1, 80), ylim=(-1.5, 0.8))
+    axis.axis("off")
+    return figure
+
+
+picture("05_highlighter", draw_highlighter)
+
+
+# %%
+# alt: Two heat maps of who looks at whom: the row of bank is bright at river, then at money.
+def draw_maps(plt):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 5.2))
+    for axis, text in zip(axes, PAIR, strict=True):
+        marks_HTS, _ = read_aloud(readers[4, 0], text, "bank")
+        words = text.split()
+        future_TS = ~causal_mask(len(words), len(words))
+        marks_TS = marks_HTS.mean(dim=0).masked_fill(future_TS, float("nan"))  # left empty
+        axis.imshow(marks_TS.tolist(), cmap="Oranges", vmin=0, vmax=1)
+        axis.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
+        axis.set_yticks(range(len(words)), words, fontsize=8)
+        axis.set(xlabel="is looked at", ylabel="looks")
+    return figure
+
+
+picture("05_bank", draw_maps)
+
+# %% [markdown]
+# Each row of a heat map belongs to the word that looks. Above the diagonal all is empty: nobody sees
+# the future. Find the row of *bank*, and the row of *mouse*, which looks at *keyboard* both times.
+# The rows of *the* and *and* mean nothing. No one asked these words for an answer, so their marks
+# fell as they fell. (In a big model, too, many marks mean nothing. A heat map shows where a layer
+# looked, not why the model said what it said; Jain and Wallace argued about that in 2019.)
+#
+# Then what about the single head? It has the same number of weights. It looks with one pair of eyes,
+# though. In the beginning all marks are random, and a word that happens to stare at a full stop
+# hardly gets a gradient that says "look at the river instead". It stays stuck, and says "unclear".
+# Four heads begin with four different stares, and one of them is near enough.
+#
+# <!-- widget: attention -->
+#
+# ## Two questions at once
+#
+# There is a stricter reason for several heads. One head makes *one* weighted average. A word that
+# needs two different things gets both mixed in one glass.
+#
+# Play the card game once more, with a harder question: the last card names *two* letters, and the
+# answer is the digit of the first and the digit of the second, in this order. The network stays as
+# it was, one attention layer and a matrix.
+
+# %%
+ASKED = 8  # letters in this game
+
+
+class DoublePlayer(nn.Module):
+    """Guesses two digits, `[B, 2, DIGITS]`, with a layer of that many heads and width 32."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.letter, self.digit = nn.Embedding(ASKED, 32), nn.Embedding(DIGITS, 32)
+        self.first, self.second = nn.Embedding(ASKED, 32), nn.Embedding(ASKED, 32)
+        self.attention = Attention(32, heads, heads, 32 // heads, 1e-6)
+        self.guess = nn.Linear(32, 2 * DIGITS)
+
+    def cards(self, letters_BT: Tensor, digits_BT: Tensor, asked_B2: Tensor) -> Tensor:
+        question_BD = self.first(asked_B2[:, 0]) + self.second(asked_B2[:, 1])
+        return torch.cat([self.letter(letters_BT) + self.digit(digits_BT), question_BD[:, None]], 1)
+
+    def forward(self, letters_BT: Tensor, digits_BT: Tensor, asked_B2: Tensor) -> Tensor:
+        x_BTD = self.cards(letters_BT, digits_BT, asked_B2)
+        tables = rotary_tables(x_BTD.shape[1], self.attention.head_width)
+        return self.guess(self.attention(x_BTD, *tables)[:, -1]).view(-1, 2, DIGITS)
+
+
+def deal_double(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Six cards each; the two letters that are asked; their digits."""
+    letters_BT = torch.rand(rows, ASKED).argsort(dim=1)[:, :6]
+    digits_BT = torch.randint(DIGITS, (rows, 6))
+    places_B2 = torch.rand(rows, 6).argsort(dim=1)[:, :2]
+    return letters_BT, digits_BT, letters_BT.gather(1, places_B2), digits_BT.gather(1, places_B2)
+
+
+def double_loss(player: nn.Module) -> Tensor:
+    *cards, answers_B2 = deal_double(64)
+    return F.cross_entropy(player(*cards).flatten(0, 1), answers_B2.flatten())
+
+
+doubles: dict[tuple[int, int], float] = {}
+for heads in (1, 2) if FAST else (1, 2, 4):
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        double_player = DoublePlayer(heads)
+        practise(double_player, double_loss, 250 if FAST else 600)
+        with torch.no_grad():
+            *cards, answers_B2 = deal_double(2000)
+            right_B2 = double_player(*cards).argmax(dim=-1) == answers_B2
+        doubles[heads, seed] = float(right_B2.all(dim=1).float().mean())
+        weights = sum(weight.numel() for weight in double_player.parameters())
+        print(
+            f"{heads} head(s), seed {seed}, {weights:,} weights: one digit right "
+            f"{right_B2.float().mean():.0%}, both {doubles[heads, seed]:.0%}"
+        )
+        if heads == 2 and seed == SEEDS[0]:
+            two_headed = double_player
+
+# %% tags=["test"]
+assert max(doubles[1, seed] for seed in SEEDS) < 0.3
+assert min(doubles[2, seed] for seed in SEEDS) > 0.9
+
+# %% [markdown]
+# One head knows *one* of the digits, and guesses the other. It isn't for want of weights. If it marks
+# both cards, their digits arrive in one sum, and a sum doesn't say which came first. With two heads
+# each question gets a highlighter of its own. Look at the marks of the last card:
+
+# %%
+torch.manual_seed(1)
+letters_BT, digits_BT, asked_B2, answers_B2 = deal_double(1)
+with torch.no_grad():
+    marks_HS = marks_of(two_headed.attention, two_headed.cards(letters_BT, digits_BT, asked_B2))[
+        0, :, -1
+    ]
+names = [chr(ord("A") + letter) for letter in letters_BT[0].tolist()]
+names = [f"{name}{digit}" for name, digit in zip(names, digits_BT[0].tolist(), strict=True)]
+names.append("".join(chr(ord("A") + letter) for letter in asked_B2[0].tolist()) + "?")
+for head, marks in enumerate(marks_HS.tolist()):
+    told = "  ".join(f"{name} {mark:4.0%}" for name, mark in zip(names, marks, strict=True))
+    print(f"head {head}: {told}")
+
+# %% tags=["test"]
+wanted = {int((letters_BT[0] == letter).nonzero()[0, 0]) for letter in asked_B2[0]}
+assert set(marks_HS.argmax(dim=1).tolist()) == wanted, "one head for each question"
+
+
+# %%
+# alt: Marks of the question card, one row a head: each head is bright at another of two cards.
+def draw_heads(plt):
+    figure, axis = plt.subplots(figsize=(6, 1.8))
+    axis.imshow(marks_HS.tolist(), cmap="Oranges", vmin=0, vmax=1)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(marks_HS)), [f"head {head}" for head in range(len(marks_HS))])
+    return figure
+
+
+picture("05_heads", draw_heads)
+
+# %% [markdown]
+# Could one head help itself with a second layer behind it? Yes. Layers look one after the other,
+# heads at the same time. A model has both.
+#
 # ## The price: everyone looks at everyone
 #
 # Attention compares each token with each earlier one. Twice as long a text has nearly four times
 # as many pairs. The rest of a transformer treats each token on its own, so there, twice as long is
-# only twice the work. For short texts the rest dominates, for long ones attention does.
+# only twice the work. Measure both: attention of four heads, and beside it two matrices that widen
+# and narrow each token's vector, as chapter 06 will put after each attention layer.
 
 # %%
-pairs = {}
-for T in (128, 256, 512) if FAST else (128, 256, 512, 1024):
-    q_BHTK, k_BHSK, v_BHSK = torch.randn(3, 1, 4, T, 32)
-    visible_TT = causal_mask(T, T)
+widen, narrow = torch.randn(384, 128), torch.randn(128, 384)
+
+
+def alone(x_TD: Tensor) -> Tensor:
+    return F.silu(x_TD @ widen.T) @ narrow.T
+
+
+def quickest(work, *inputs: Tensor) -> float:
+    """Milliseconds, the best of five."""
     best = float("inf")
-    for _repeat in range(3):
+    for _repeat in range(5):
         begin = time.perf_counter()
-        attend(q_BHTK, k_BHSK, v_BHSK, visible_TT)
+        work(*inputs)
         best = min(best, time.perf_counter() - begin)
-    pairs[T] = int(visible_TT.sum())
-    print(f"{T:5} tokens: {pairs[T]:8,} pairs that may look, {1000 * best:7.2f} ms")
+    return 1000 * best
+
+
+price: dict[int, tuple[int, float, float]] = {}
+print(f"{'tokens':>6} {'pairs that may look':>20} {'scores':>9} {'attention':>12} {'the rest':>11}")
+for T in (64, 128, 256, 512) if FAST else (64, 128, 256, 512, 1024):
+    q_BHTK, k_BHSK, v_BHSK = torch.randn(3, 1, 4, T, 32)
+    visible_TT, x_TD = causal_mask(T, T), torch.randn(T, 128)
+    price[T] = (
+        int(visible_TT.sum()),
+        quickest(attend, q_BHTK, k_BHSK, v_BHSK, visible_TT),
+        quickest(alone, x_TD),
+    )
+    pairs, attending, thinking = price[T]
+    megabytes = 4 * 4 * T * T / 1e6  # four heads, four bytes a score
+    print(f"{T:6} {pairs:20,} {megabytes:6.1f} MB {attending:9.2f} ms {thinking:8.2f} ms")
 
 # %% tags=["test"]
-assert all(pairs[T] == T * (T + 1) // 2 for T in pairs)
-assert 3.9 < pairs[512] / pairs[256] < 4
+assert all(price[T][0] == T * (T + 1) // 2 for T in price)
+assert 3.9 < price[512][0] / price[256][0] < 4
+
+
+# %%
+# alt: Milliseconds against tokens, both axes logarithmic: attention rises twice as steeply.
+def draw_price(plt):
+    figure, axis = plt.subplots()
+    lengths = list(price)
+    axis.loglog(lengths, [price[T][1] for T in lengths], "o-", label="attention")
+    axis.loglog(lengths, [price[T][2] for T in lengths], "s-", label="the rest: each token alone")
+    square = [price[lengths[-1]][1] * (T / lengths[-1]) ** 2 for T in lengths]
+    axis.loglog(lengths, square, ":", color="grey", label="four times for twice as long")
+    axis.set(xlabel="tokens", ylabel="milliseconds")
+    axis.set_xticks(lengths, [str(T) for T in lengths])
+    axis.minorticks_off()
+    axis.legend()
+    return figure
+
+
+picture("05_price", draw_price)
 
 # %% [markdown]
-# ## What we left out
-#
-# - **Cross-attention**: the queries come from one text and the keys from another, as in the first
-#   transformer, which translated.
-# - **FlashAttention** (Dao et al. 2022): the same numbers, computed in tiles that fit the fast memory
-#   of a GPU, so that the T×T scores never exist as a whole. PyTorch's kernel is of this kind;
-#   exercise 2 shows the idea.
-# - **Sliding windows, sparse and linear attention**: ways around the square. Exercise 1 builds the
-#   first.
-# - **Biases and dropout.** Neither earns its place in a model of this kind today.
-#
-# ## Where this is in the package
-#
-# Everything tagged `export` here is `tinychat/attention.py`. `Block` in chapter 06 puts one
-# `Attention` into each layer; `KVCache` there holds one `LayerCache` a layer.
-#
+# For short texts the fixed effort of starting dominates. For long ones each doubling costs four
+# times the time, and four times the memory for the scores. That is why a chatbot has a longest
+# context, and why so many people look for ways around the square.
+
+# %% [markdown]
 # ## Exercises
 #
 # **1. A short memory.** Write `window_mask(length, total, window)`: like `causal_mask`, but a token
@@ -657,14 +1092,70 @@ with torch.no_grad():
     )
 
 # %% [markdown]
+# **4. Only two answers.** Train the reader with one head and `kinds=2`, so that every double word
+# has its hint and "unclear" never comes up. How many answers are right, and how many double words
+# look at their hint? What is the trick that it found?
+
+# %% tags=["solution"]
+lazy = train_reader(heads=1, seed=0, kinds=2)
+lazy_right, lazy_looks = measure_reader(lazy, kinds=2)
+print(f"{lazy_right:.0%} right, but only {lazy_looks:.0%} look at their hint")
+# For some words it looks for one of the two meanings only. No river? Then it must be money.
+assert lazy_right > 0.9 > lazy_looks
+
+# %% [markdown]
+# ## Check yourself
+#
+# 1. All scores of a token are equal. What does it gather?
+# 2. Why is a score divided by the root of the head's width?
+# 3. Why can the keys and values of past tokens be stored, and why needn't the queries be?
+# 4. You double the text. How many times more scores are there? And the work of the rest?
+# 5. Why can one head not fetch two digits in the right order, however wide it is?
+#
+# <details markdown="1"><summary>Answers</summary>
+#
+# 1. The plain average of all values that it may see.
+# 2. The spread of a dot product grows with the root of the width. Large scores make the softmax all
+#    or nothing, and then hardly any gradient comes through.
+# 3. Nobody looks into the future, so what a past token offers never changes. Its own question was
+#    asked and answered when it was read.
+# 4. Nearly four times. The rest: twice.
+# 5. It makes one weighted sum. Whatever it puts in, the sum is the same in either order of asking,
+#    or holds one digit more strongly; it can't tell which of the two came first.
+#
+# </details>
+#
+# ## What we left out
+#
+# - **Cross-attention**: the queries come from one text and the keys from another. Chapter 06 begins
+#   with it.
+# - **FlashAttention** (Dao et al. 2022): the same numbers, computed in tiles that fit the fast memory
+#   of a GPU, so that the T×T scores never exist as a whole. PyTorch's kernel is of this kind;
+#   exercise 2 shows the idea.
+# - **Sliding windows, sparse and linear attention**: ways around the square. Exercise 1 builds the
+#   first.
+# - **Biases and dropout.** Neither earns its place in a model of this kind today.
+# - **The shipped model's own heads.** In the chat, `/attn` draws them.
+#
+# ## Where this is in the package
+#
+# Everything tagged `export` here is `tinychat/attention.py`. `Block` in chapter 06 puts one
+# `Attention` into each layer; `KVCache` there holds one `LayerCache` a layer.
+#
 # ## Sources
 #
-# - D. Bahdanau, K. Cho, Y. Bengio: *Neural Machine Translation by Jointly Learning to Align and
-#   Translate* (2015). Where attention comes from.
-# - A. Vaswani et al.: *Attention Is All You Need* (2017). Queries, keys, values, heads, the root.
-# - J. Ainslie et al.: *GQA: Training Generalized Multi-Query Transformer Models from Multi-Head
-#   Checkpoints* (2023). Grouped heads.
-# - B. Zhang, R. Sennrich: *Root Mean Square Layer Normalization* (2019).
-# - M. Dehghani et al.: *Scaling Vision Transformers to 22 Billion Parameters* (2023). QK-norm.
-# - T. Dao et al.: *FlashAttention* (2022); M. Milakov, N. Gimelshein: *Online normalizer calculation
-#   for softmax* (2018).
+# - D. Bahdanau, K. Cho, Y. Bengio:
+#   [Neural machine translation by jointly learning to align and translate](https://arxiv.org/abs/1409.0473)
+#   (2015). Where attention comes from.
+# - A. Vaswani et al.: [Attention is all you need](https://arxiv.org/abs/1706.03762) (2017). Queries,
+#   keys, values, heads, the root.
+# - J. Ainslie et al.: [GQA: Training generalized multi-query transformer models from multi-head
+#   checkpoints](https://arxiv.org/abs/2305.13245) (2023). Grouped heads.
+# - B. Zhang, R. Sennrich: [Root mean square layer normalization](https://arxiv.org/abs/1910.07467)
+#   (2019).
+# - M. Dehghani et al.: [Scaling vision transformers to 22 billion parameters](https://arxiv.org/abs/2302.05442)
+#   (2023). QK-norm.
+# - T. Dao et al.: [FlashAttention](https://arxiv.org/abs/2205.14135) (2022); M. Milakov, N. Gimelshein:
+#   [Online normalizer calculation for softmax](https://arxiv.org/abs/1805.02867) (2018).
+# - S. Jain, B. C. Wallace: [Attention is not explanation](https://arxiv.org/abs/1902.10186) (2019).
+#   What a heat map can't tell.

@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinychat.attention import Attention, LayerCache, RMSNorm, attend, causal_mask
+from tinychat.attention import (
+    Attention,
+    LayerCache,
+    RMSNorm,
+    attend,
+    attend_causal,
+    causal_mask,
+)
 from tinychat.embeddings import rotary_tables
 
 
@@ -53,6 +60,34 @@ def test_attend_is_scaled_dot_product_attention(heads, kv_heads, length, total, 
         visible = torch.ones_like(visible)
     wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
     torch.testing.assert_close(attend(q, k, v, visible), wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 64])
+@pytest.mark.parametrize(("length", "total"), [(7, 7), (3, 9), (1, 5)])
+@pytest.mark.parametrize("masked", ["causal", "by row"])
+def test_attention_in_blocks_is_attention(block, length, total, masked):
+    q = random(2, 4, length, 8, seed=1)
+    k, v = random(2, 2, 2, total, 8, seed=2)
+    visible = causal_mask(length, total)
+    if masked == "by row":  # hides more than the future, and never a token from itself
+        hidden = torch.arange(total) >= torch.tensor([0, total - length])[:, None, None, None]
+        visible = visible & hidden
+    blocks = attend_causal(q, k, v, None if masked == "causal" else visible, block=block)
+    torch.testing.assert_close(blocks, attend(q, k, v, visible), atol=1e-6, rtol=1e-5)
+
+
+def test_cross_attention_needs_no_mask_and_no_equal_lengths():
+    """Queries of one text and keys of another (chapter 06): every row is a weighted mean."""
+    q, k = random(2, 2, 3, 8, seed=1), random(2, 2, 11, 8, seed=2)
+    v = random(2, 2, 11, 8, seed=3)
+    found = attend(q, k, v, torch.tensor(True))
+    assert found.shape == q.shape
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(4))
+    shuffled = attend(q, k[:, :, order], v[:, :, order], torch.tensor(True))
+    torch.testing.assert_close(shuffled, found, atol=1e-6, rtol=1e-5)
+    assert (found <= v.amax(dim=2, keepdim=True)).all() and (
+        found >= v.amin(dim=2, keepdim=True)
+    ).all()
 
 
 def test_attend_and_pytorch_send_the_same_gradients():

@@ -18,6 +18,17 @@ def test_sinusoidal_positions_by_hand():
         sinusoidal_positions(3, 5)
 
 
+@pytest.mark.parametrize("width", [4, 64])
+@pytest.mark.parametrize("distance", [0, 1, 5, 60])
+def test_the_product_of_two_waves_knows_the_distance_alone(width, distance):
+    table = sinusoidal_positions(300, width)
+    products = (table[: 300 - distance] * table[distance:]).sum(dim=1)
+    # cos a cos b + sin a sin b = cos(a - b), for each pair of columns
+    angles = [distance * 10000.0 ** (-2 * pair / width) for pair in range(width // 2)]
+    wanted = sum(math.cos(angle) for angle in angles)
+    torch.testing.assert_close(products, torch.full_like(products, wanted), atol=1e-4, rtol=1e-4)
+
+
 def test_rotary_tables_by_hand():
     cos, sin = rotary_tables(5, 4, theta=100.0)
     assert cos.shape == sin.shape == (5, 2)
