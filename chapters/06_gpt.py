@@ -1339,6 +1339,7 @@ def save_model(
     lineage: Mapping[str, Any],
     metrics: Mapping[str, Any],
     quantize: Literal["int8", "bf16", "fp32"] = "int8",
+    levels: int = 127,
 ) -> CheckpointInfo:
     """Write the model with its tokenizer and history as one self-describing file."""
     return checkpoint.save(
@@ -1350,6 +1351,7 @@ def save_model(
         lineage=dict(lineage),
         metrics=dict(metrics),
         quantize=quantize,
+        levels=levels,
     )
 
 

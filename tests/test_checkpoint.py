@@ -117,6 +117,27 @@ def test_int8_is_off_by_at_most_half_a_step(tmp_path: Path) -> None:
     assert info.parameters == 18
 
 
+def test_small_moves_of_int8_weights_survive_only_on_another_grid(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save(path, state={"w": torch.randn(64, 256, generator=torch.Generator().manual_seed(0))})
+    before = checkpoint.load(path).state["w"]
+    step = before.abs().amax(1, keepdim=True) / 127
+    moved = before + 0.2 * step
+
+    def kept(levels: int) -> float:
+        """The share of the move that is left in the file, on average."""
+        save(path, state={"w": moved}, levels=levels)
+        return float(((checkpoint.load(path).state["w"] - before) / (moved - before)).mean())
+
+    assert kept(127) < 0.1
+    assert kept(120) == pytest.approx(1, abs=0.1)
+
+
+def test_int8_levels_out_of_range(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="levels = 128"):
+        save(tmp_path / "w.safetensors", state={"w": torch.ones(2, 2)}, levels=128)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 5).flatmap(

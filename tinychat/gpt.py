@@ -316,6 +316,7 @@ def save_model(
     lineage: Mapping[str, Any],
     metrics: Mapping[str, Any],
     quantize: Literal["int8", "bf16", "fp32"] = "int8",
+    levels: int = 127,
 ) -> CheckpointInfo:
     """Write the model with its tokenizer and history as one self-describing file."""
     return checkpoint.save(
@@ -327,6 +328,7 @@ def save_model(
         lineage=dict(lineage),
         metrics=dict(metrics),
         quantize=quantize,
+        levels=levels,
     )
 
 

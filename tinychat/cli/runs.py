@@ -271,6 +271,7 @@ def write_checkpoint(
     lineage: Mapping[str, Any],
     metrics: dict[str, Any],
     bits_of: Callable[[GPT], float],
+    levels: int = 127,
 ) -> CheckpointInfo:
     """Write int8 where that costs less than 0.5 % in bits per byte, else bfloat16.
 
@@ -287,6 +288,7 @@ def write_checkpoint(
             lineage=lineage,
             metrics=metrics,
             quantize=kind,
+            levels=levels,
         )
 
     exact = bits_of(model)

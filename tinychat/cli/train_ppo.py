@@ -170,7 +170,6 @@ def ppo(
 
     # 4. Measure, write, show.
     gpt = policy.gpt.eval()
-    replies, scores, after = measure(gpt)
     result = Result(done.step, done.steps, done.tokens, done.seconds, 0.0, {})
     lineage = lineage_of(
         result,
@@ -185,7 +184,7 @@ def ppo(
     metrics = {
         "held_out_prompts": len(held_out),
         "before": before,
-        "after": after,
+        "after": measure(gpt)[2],
         "curve": score_curve(folder),
     }
     token_bytes_V = bytes_of_tokens(pieces)
@@ -194,7 +193,12 @@ def ppo(
         exact = LossFunction(stored.to(place), compiled=False, dtype=PPOConfig().dtype)
         return bits_per_byte(exact, unseen_batches(pieces, stored.config.context), token_bytes_V)
 
-    saved = write_checkpoint(path, gpt, "rlhf", pieces, lineage, metrics, stored_bits)
+    # PPO moves most weights by less than half an int8 step: on the grid that they came from they
+    # would be rounded back, and the policy would be the model it began with.
+    levels = 113 if info.stage == "rlhf" else 120
+    saved = write_checkpoint(path, gpt, "rlhf", pieces, lineage, metrics, stored_bits, levels)
+    # What is shown is measured on the file, which is what people will talk to.
+    replies, scores, after = measure(load_model(path)[0].to(place))
     write_samples(
         folder / "samples.txt", pieces, held_out, (old_replies, old_scores), (replies, scores)
     )

@@ -129,9 +129,13 @@ def save(
     metrics: Mapping[str, Any],
     chat_template: str = "tinychat-1",
     quantize: Literal["int8", "bf16", "fp32"] = "int8",
+    levels: int = 127,
 ) -> CheckpointInfo:
     """Write a checkpoint atomically, and return what its header says.
 
+    `levels`: the int8 number of each row's largest weight, up to 127. Weights that came out of
+    an int8 file and were then moved by less than half a step would be rounded back to where they
+    began; another number of levels puts them elsewhere on the grid, so that the moves survive.
     Raises CheckpointError before anything is written where the input would make a file that
     `load` refuses, and leaves the old file where writing fails.
     """
@@ -139,6 +143,8 @@ def save(
     refuse = f"Cannot write {path}: "
     if quantize not in _MATRIX_DTYPE:
         raise CheckpointError(f"{refuse}quantize = {quantize!r}, choose int8, bf16 or fp32.")
+    if not 1 <= levels <= 127:
+        raise CheckpointError(f"{refuse}levels = {levels}, int8 has 1 to 127 on each side.")
     if os.path.isdir(path):  # unlike Path.is_dir, False for names the system refuses
         raise CheckpointError(f"{path} is a folder: name a .safetensors file in it.")
     record = {
@@ -162,14 +168,14 @@ def save(
             f"{refuse}its config, lineage or metrics do not fit JSON ({error}), "
             "use finite numbers, strings, lists and dicts."
         ) from error
-    tensors = _stored(refuse, state, quantize)
+    tensors = _stored(refuse, state, quantize, levels)
     tensors[_TOKENIZER] = _bytes_tensor(tokenizer)
     tensorfile.write(path, tensors, {"tinychat": text})
     return read_info(path)
 
 
 def _stored(
-    refuse: str, state: "Mapping[str, torch.Tensor]", quantize: str
+    refuse: str, state: "Mapping[str, torch.Tensor]", quantize: str, levels: int
 ) -> "dict[str, torch.Tensor]":
     """The tensors as the file holds them. Raises CheckpointError for what cannot be stored."""
     import torch
@@ -201,19 +207,19 @@ def _stored(
                 raise CheckpointError(
                     f"{refuse}the name {scale_name!r} is taken, rename this tensor."
                 )
-            values, tensors[scale_name] = _quantize_rows(values)
+            values, tensors[scale_name] = _quantize_rows(values, levels)
         tensors[name] = values
     return tensors
 
 
-def _quantize_rows(weights: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+def _quantize_rows(weights: "torch.Tensor", levels: int) -> "tuple[torch.Tensor, torch.Tensor]":
     """float32 [rows, columns] -> int8 [rows, columns] and float32 scales [rows, 1].
 
     Off by at most half a scale. A row of zeros has scale 0 and stays zero.
     """
     import torch
 
-    scale = weights.abs().amax(dim=1, keepdim=True) / 127
+    scale = weights.abs().amax(dim=1, keepdim=True) / levels
     # Rows so small that their scale is rounded (or vanishes) would leave the range of int8.
     steps = (weights / torch.where(scale > 0, scale, 1.0)).round_().clamp_(-127, 127)
     return steps.to(torch.int8), scale
