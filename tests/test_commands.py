@@ -288,7 +288,7 @@ def test_completions(monkeypatch, tmp_path):
     assert "/set" in completions("/") and "/probs" in completions("/")
     assert completions("/set t") == ["temperature", "top_k", "top_p"]
     assert completions("/set render ") == ["auto", "markdown", "plain"]
-    assert completions("/set temperature ") == ["0.8"]
+    assert completions("/set temperature ") == ["0.5"]
     assert completions("/model ") == ["base", "sft"]  # a reward model cannot chat
     assert completions("/compare base s") == ["sft"]
     assert completions("/load ") == ["my tea"] and completions("/load my t") == ["tea"]

@@ -76,7 +76,7 @@ OPTIONS = {
             "Which checkpoint: rlhf, sft, base or a .safetensors file.", live=False,
         ),
         Option(
-            "temperature", float, 0.8, "a number from 0 up", lambda n: 0 <= n < inf,
+            "temperature", float, 0.5, "a number from 0 up", lambda n: 0 <= n < inf,
             "Below 1 bolder, above 1 wilder; 0 always takes the likeliest token.",
         ),
         Option(
