@@ -85,7 +85,7 @@ def test_a_duel_through_a_pipe(ring):
     made = first["made"]["b"]
     assert made["name"] == "rlhf.safetensors" and made["stage"] == "rlhf"
     assert made["sha256"] == file_sha256(search.find("rlhf"))
-    assert first["sampling"]["temperature"] == 0.8
+    assert first["sampling"]["temperature"] == 0.5
     # Each reply was drawn with the seed that its vote names.
     seeds = [one["made"][side]["seed"] for one in votes for side in "ab"]
     assert seeds == [seed for *_, seed in ring] and len(set(seeds)) == 6

@@ -58,7 +58,7 @@ def evaluate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Decides prompts and dice.")] = 0,
-    temperature: Annotated[float, typer.Option(metavar="X", help="Of the replies.")] = 0.8,
+    temperature: Annotated[float, typer.Option(metavar="X", help="Of the replies.")] = 0.5,
     top_p: Annotated[float, typer.Option(metavar="X", help="Of the replies; 1 is off.")] = 0.95,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Longest reply in tokens.")] = 200,
     brief: Annotated[
