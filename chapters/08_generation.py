@@ -50,14 +50,12 @@ from tinychat.tokenizer import Tokenizer
 # %%
 import os
 import time
-from pathlib import Path
 
 from tinychat.book.picture import picture
 from tinychat.data import tokenizer_model
 from tinychat.data.corpus import stories
 from tinychat.gpt import load_model, nano
-from tinychat.runtime import checkpoint
-from tinychat.runtime.errors import CheckpointError
+from tinychat.runtime.search import find_first
 
 FAST = os.environ.get("TINYCHAT_FAST") == "1"
 
@@ -84,17 +82,8 @@ def train_a_little(tokenizer: Tokenizer, seconds: float) -> GPT:
     return model.eval()
 
 
-def find_base() -> Path | None:
-    """The shipped checkpoint, else the one that chapter 07 left."""
-    for name in ("base", "runs/book/base"):
-        try:
-            return checkpoint.find(name)
-        except CheckpointError:
-            continue
-    return None
-
-
-if path := find_base():
+# The shipped checkpoint, else the one that chapter 07 left.
+if path := find_first("base", "runs/book/base"):
     model, tokenizer, info = load_model(path)
     print(f"listening to {info.path}: {info.parameters / 1e6:.1f} M weights")
 else:

@@ -73,7 +73,7 @@ from tinychat.gpt import load_model, nano, save_model
 from tinychat.pretraining import LossFunction
 from tinychat.runtime import checkpoint
 from tinychat.runtime.device import set_threads
-from tinychat.runtime.errors import CheckpointError
+from tinychat.runtime.search import find_first
 from tinychat.tokenizer import Tokenizer
 
 FAST = os.environ.get("TINYCHAT_FAST") == "1"
@@ -102,16 +102,6 @@ def train_a_little(tokenizer: Tokenizer, seconds: float) -> GPT:
     print(f"trained {model.config.parameters / 1e6:.1f} M weights here: {steps} steps in", end=" ")
     print(f"{spent:.0f} seconds, loss {loss.item():.2f}")
     return model.eval()
-
-
-def find_first(*names: str) -> Path | None:
-    """The first of these checkpoints that is there."""
-    for name in names:
-        try:
-            return checkpoint.find(name)
-        except CheckpointError:
-            continue
-    return None
 
 
 # The shipped model is several times larger than your own from chapter 07: too slow for seconds.

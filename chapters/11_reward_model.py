@@ -78,19 +78,10 @@ from tinychat.data.preferences import Ranked, Reply, by_part, corpus_ranked, for
 from tinychat.data.records import Message
 from tinychat.generation import Sampling
 from tinychat.gpt import load_model, nano
+from tinychat.runtime.search import find_first
 
 FAST = os.environ.get("TINYCHAT_FAST") == "1"
 torch.manual_seed(0)
-
-
-def find_first(*names: str) -> Path | None:
-    """The first of these checkpoints that is there."""
-    for name in names:
-        try:
-            return checkpoint.find(name)
-        except CheckpointError:
-            continue
-    return None
 
 
 if found := find_first("runs/book/sft", *([] if FAST else ["sft"])):

@@ -1422,18 +1422,7 @@ from tinychat.dialogue import render_prompt, split_system
 from tinychat.generation import stop_ids
 from tinychat.gpt import load_model, save_model
 from tinychat.reward_model import load_reward, score
-from tinychat.runtime import checkpoint
-from tinychat.runtime.errors import CheckpointError
-
-
-def find_first(*names: str) -> Path | None:
-    """The first of these checkpoints that is there."""
-    for name in names:
-        try:
-            return checkpoint.find(name)
-        except CheckpointError:
-            continue
-    return None
+from tinychat.runtime.search import find_first
 
 
 def answer_all(

@@ -80,20 +80,10 @@ from tinychat.reward_model import (
     score_groups,
 )
 from tinychat.runtime import checkpoint
-from tinychat.runtime.errors import CheckpointError
+from tinychat.runtime.search import find_first
 
 FAST = os.environ.get("TINYCHAT_FAST") == "1"
 torch.manual_seed(0)
-
-
-def find_first(*names: str) -> Path | None:
-    """The first of these checkpoints that is there."""
-    for name in names:
-        try:
-            return checkpoint.find(name)
-        except CheckpointError:
-            continue
-    return None
 
 
 models: dict[str, GPT] = {}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tinychat.data.records import Message
 from tinychat.runtime.checkpoint import CheckpointInfo, find, read_info
 from tinychat.runtime.errors import CheckpointError
+from tinychat.runtime.search import find_first
 
 if TYPE_CHECKING:
     from tinychat.cli.session import ChatSession
@@ -31,11 +32,7 @@ def choose(name: str | None) -> CheckpointInfo:
 
 
 def _best() -> CheckpointInfo:
-    for name in PREFERRED:
-        try:
-            path = find(name)
-        except CheckpointError:
-            continue
+    if path := find_first(*PREFERRED):
         return read_info(path)
     raise CheckpointError(
         "No checkpoint to chat with was found (rlhf, sft or base): "

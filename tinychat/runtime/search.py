@@ -46,6 +46,16 @@ def find(name: str | Path) -> Path:
     raise CheckpointError(f"No checkpoint {given!r}: {_offer(path.name)}.")
 
 
+def find_first(*names: str) -> Path | None:
+    """The first of these checkpoints that is there, as `find` finds them; None where none is."""
+    for name in names:
+        try:
+            return find(name)
+        except CheckpointError:
+            continue
+    return None
+
+
 def _offer(name: str) -> str:
     """What there is instead, the nearest first."""
     there: dict[str, Path] = {}
