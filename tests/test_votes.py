@@ -140,6 +140,16 @@ def test_lines_that_are_no_votes(tmp_path, record):
 # What the file says
 
 
+@pytest.mark.parametrize("count", [1, 7, 50, 300])
+def test_wilson_agrees_with_chapter_13(count):
+    from tinychat import evaluation
+
+    for half_points in range(2 * count + 1):
+        points = half_points / 2
+        expected = evaluation.wilson(points, count)[1:]
+        assert wilson(points / count, count) == pytest.approx(expected, abs=1e-9)
+
+
 def test_wilson_by_hand():
     # 5 of 10 and z = 2: (0.5 + 0.2 -+ 2 sqrt(0.025 + 0.01)) / 1.4
     low, high = wilson(0.5, 10, z=2.0)

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from tinychat import __version__
-from tinychat.cli.config import settings
+from tinychat.cli.config import flags_of, settings
 from tinychat.cli.duel import EXAMPLES, duel
 from tinychat.cli.errors import friendly
 from tinychat.cli.evaluate import evaluate
@@ -33,6 +33,7 @@ from tinychat.cli.flags import (
     TopP,
     Words,
 )
+from tinychat.cli.train import train_app
 from tinychat.runtime.errors import ConfigError
 
 
@@ -103,20 +104,7 @@ def chat(
     """Talk with the model. Ctrl-C stops a reply, Ctrl-D leaves, /help lists the commands."""
     from tinychat.cli.talk import talk
 
-    flags = {
-        "ckpt": ckpt,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "system": system,
-        "render": render,
-        "save": save,
-    }
-    talk(settings(flags), newest=newest, load=load)
+    talk(settings(flags_of(locals())), newest=newest, load=load)
 
 
 @app.command(
@@ -140,25 +128,13 @@ def ask(
     """Answer one question and print nothing but the answer."""
     from tinychat.cli.talk import ask_once
 
-    flags = {
-        "ckpt": ckpt,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "system": system,
-        "render": render,
-    }
-    ask_once(_question(words, "ask"), settings(flags), as_json)
+    ask_once(_question(words, "ask"), settings(flags_of(locals())), as_json)
 
 
 @app.command(epilog='Example: tinychat compare "who are you?" --ckpt base --ckpt sft')
 def compare(
     words: Words = None,
-    ckpt: Ckpts = None,
+    names: Ckpts = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -172,19 +148,9 @@ def compare(
     """Let several checkpoints answer one question with the same seed, side by side."""
     from tinychat.cli.compare import compare as compare_models
 
-    flags = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "system": system,
-    }
-    now = settings(flags)
+    now = settings(flags_of(locals()))
     question = _question(words, "compare")
-    compare_models(question, ckpt or [], now.sampling, now["system"] or None, as_json)
+    compare_models(question, names or [], now.sampling, now["system"] or None, as_json)
 
 
 def _question(words: list[str] | None, command: str) -> str:
@@ -304,13 +270,7 @@ def data_verify(data: DataFolder = None) -> None:
     verify_sources(data)
 
 
-try:
-    from tinychat.cli.train import train_app
-except ModuleNotFoundError as error:
-    if error.name != "tinychat.cli.train":
-        raise
-else:
-    app.add_typer(train_app, name="train")
+app.add_typer(train_app, name="train")
 
 
 def main() -> NoReturn:

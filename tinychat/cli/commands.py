@@ -15,6 +15,7 @@ from tinychat.cli.compare import Comparing
 from tinychat.cli.config import OPTIONS, RANDOM, shown
 from tinychat.cli.errors import nearest, sentence
 from tinychat.cli.filing import Filing
+from tinychat.cli.progress import millions
 from tinychat.cli.inside import Inside
 from tinychat.cli.voting import Voting
 from tinychat.cli.why import Why
@@ -259,11 +260,6 @@ def _words(before: list[str]) -> Iterator[str]:
         yield from (name.removeprefix(begun) for name in names if name.startswith(begun))
     elif command == "/system" and place == 1:
         yield "off"
-
-
-def millions(parameters: int) -> str:
-    """13900000 -> "13.9 M parameters"."""
-    return f"{parameters / 1e6:.1f} M parameters"
 
 
 def _names(group: Any) -> list[str]:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from tinychat.cli import loading
 from tinychat.cli.console import Screen, printable
+from tinychat.cli.progress import millions
 from tinychat.cli.loading import Loading, choose
 from tinychat.data.records import Message
 from tinychat.runtime.checkpoint import CheckpointInfo, search_folders
@@ -191,7 +192,7 @@ class Comparing:
                 new.session()
             chat.loading = new
             chat.on_turn()
-        chat.screen.note(f"{info.path} ({info.stage}, {info.parameters / 1e6:.1f} M parameters)")
+        chat.screen.note(f"{info.path} ({info.stage}, {millions(info.parameters)})")
 
     def do_models(self, _: str) -> None:
         """/models: the checkpoints that are there"""

@@ -157,6 +157,11 @@ def config_path() -> Path:
     )
 
 
+def flags_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What a command was given for the settings, out of all its parameters by name."""
+    return {name: parameters[name] for name in OPTIONS if name in parameters}
+
+
 def settings(flags: Mapping[str, Any] | None = None) -> Settings:
     """Every setting by rising priority: default, file, variable, flag (None: not given).
 

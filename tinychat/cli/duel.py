@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tinychat.cli.config import settings
+from tinychat.cli.config import flags_of, settings
 from tinychat.cli.flags import (
     FirstSide,
     MaxTokens,
@@ -80,17 +80,7 @@ def duel(
         return
     if as_json:
         raise ConfigError("--json goes with --report FILE; a duel itself prints replies.")
-    flags = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "system": system,
-    }
-    now = settings(flags)
+    now = settings(flags_of(locals()))
     names = [name for name in (a or now["ckpt"], b) if name]
     hold(
         names or [None],

@@ -19,7 +19,7 @@ from tinychat.cli.contestants import (
     load,
     load_judge,
 )
-from tinychat.cli.flags import _checkpoints as checkpoint_names
+from tinychat.cli.flags import checkpoint_names
 from tinychat.runtime.errors import ConfigError
 
 if TYPE_CHECKING:

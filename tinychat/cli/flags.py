@@ -26,7 +26,7 @@ def _option(name: str, metavar: str = "N", **more: Any) -> Any:
     )
 
 
-def _checkpoints(incomplete: str) -> list[str]:
+def checkpoint_names(incomplete: str) -> list[str]:
     """For the shell's Tab: the names that are there, else files."""
     from tinychat.cli.compare import chat_models
 
@@ -62,7 +62,7 @@ _CKPT_HELP = (
 )
 Ckpt = Annotated[
     str | None,
-    typer.Option(metavar="NAME|FILE", help=_CKPT_HELP, autocompletion=_checkpoints),
+    typer.Option(metavar="NAME|FILE", help=_CKPT_HELP, autocompletion=checkpoint_names),
 ]
 Ckpts = Annotated[
     list[str] | None,
@@ -71,7 +71,7 @@ Ckpts = Annotated[
         metavar="NAME|FILE",
         help="A checkpoint to compare; give it several times. "
         "All of base, sft and rlhf that are there when left out.",
-        autocompletion=_checkpoints,
+        autocompletion=checkpoint_names,
     ),
 ]
 FirstSide = Annotated[
@@ -79,7 +79,7 @@ FirstSide = Annotated[
     typer.Argument(
         metavar="A",
         help="A checkpoint; the one that chat takes when left out.",
-        autocompletion=_checkpoints,
+        autocompletion=checkpoint_names,
     ),
 ]
 SecondSide = Annotated[
@@ -87,7 +87,7 @@ SecondSide = Annotated[
     typer.Argument(
         metavar="B",
         help="Another one; A meets itself, with other dice, when left out.",
-        autocompletion=_checkpoints,
+        autocompletion=checkpoint_names,
     ),
 ]
 Temperature = Annotated[Any, _option("temperature")]

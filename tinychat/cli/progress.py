@@ -58,7 +58,7 @@ def training_progress(
         console.print("Finishing this step and saving (Ctrl-C again to leave at once) ...")
 
     previous = signal.signal(signal.SIGINT, interrupt)
-    console.print(f"{title}: {parameters / 1e6:.1f} M parameters. The first step compiles.")
+    console.print(f"{title}: {millions(parameters)}. The first step compiles.")
     columns = (
         TextColumn("step {task.completed}/{task.fields[steps]}"),
         BarColumn(bar_width=24),
@@ -100,6 +100,11 @@ def training_progress(
             yield show, lambda: stopped
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def millions(parameters: int) -> str:
+    """13900000 -> "13.9 M parameters"."""
+    return f"{parameters / 1e6:.1f} M parameters"
 
 
 def clock(seconds: float) -> str:

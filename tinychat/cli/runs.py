@@ -263,6 +263,15 @@ def lineage_of(result: Result, *, data: Mapping[str, Any], **more: Any) -> dict[
     }
 
 
+def check_unchanged(path: str, now: str, begun_with: str) -> None:
+    """Raise ConfigError where a file's sha256 is another than when the run began."""
+    if now != begun_with:
+        raise ConfigError(
+            f"{path} has changed since this run began; "
+            "put the old file back, or start another run with --run NAME."
+        )
+
+
 def write_checkpoint(
     path: Path,
     model: GPT,
@@ -272,10 +281,12 @@ def write_checkpoint(
     metrics: dict[str, Any],
     bits_of: Callable[[GPT], float],
     levels: int = 127,
+    figures_of: Callable[[GPT], dict[str, Any]] = lambda stored: {},
 ) -> CheckpointInfo:
     """Write int8 where that costs less than 0.5 % in bits per byte, else bfloat16.
 
-    `bits_of` measures a model; the cost is measured on the file itself, read back.
+    `bits_of` measures a model; the cost is measured on the file itself, read back, and so are the
+    further metrics that `figures_of` gives.
     """
     from tinychat.gpt import load_model, save_model
 
@@ -295,10 +306,11 @@ def write_checkpoint(
     kinds: tuple[Literal["int8", "bf16"], ...] = ("int8", "bf16")
     for kind in kinds:
         save(kind)
-        cost = 100 * (bits_of(load_model(path)[0]) / exact - 1)
+        stored = load_model(path)[0]
+        cost = 100 * (bits_of(stored) / exact - 1)
         if cost < 0.5:
             break
-    metrics["storage_cost_percent"] = round(cost, 3)
+    metrics |= {"storage_cost_percent": round(cost, 3), **figures_of(stored)}
     return save(kind)
 
 

@@ -15,6 +15,7 @@ from tinychat.cli.runs import (
     budget_of,
     check_minutes,
     check_sequence,
+    check_unchanged,
     curve,
     find_checkpoint,
     first_alone,
@@ -188,11 +189,7 @@ def base(
     shape = replace(shape, vocab_size=pieces.vocab_size)
     own_files = {name: file_sha256(source_path(name, public)) for name in source or []}
     for name, digest in record.get("sha256", {}).items():
-        if own_files.get(name, digest) != digest:
-            raise ConfigError(
-                f"{name} has changed since this run began; "
-                "put the old file back, or start another run with --run NAME."
-            )
+        check_unchanged(name, own_files.get(name, digest), digest)
 
     # 2. Text becomes token shards, once for each tokenizer.
     names = [*default_sources(public), *own_files]

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinychat.cli.progress import clock
+from tinychat.cli.progress import clock, millions
 from tinychat.cli.runs import (
     budget_of,
     check_minutes,
+    check_unchanged,
     find_checkpoint,
     is_written,
     lineage_of,
@@ -86,11 +87,7 @@ def ppo(
         print(f"{path} is finished already; give --minutes or --set steps=N to train it longer.")
         return
     for name, digest in record["sha256"].items():
-        if file_sha256(record[name]) != digest:
-            raise ConfigError(
-                f"{record[name]} has changed since this run began; "
-                "put the old file back, or start another run with --run NAME."
-            )
+        check_unchanged(record[name], file_sha256(record[name]), digest)
     minutes = minutes or budget_of(record, folder)
     if not minutes and not config.steps and not resume:
         raise ConfigError("How long? Give a budget, for instance --minutes 30 or --set steps=100.")
@@ -146,7 +143,7 @@ def ppo(
     old_replies, old_scores, before = measure(reference)
 
     # 3. Train.
-    title = f"ppo: {len(prompts):,} prompts, {reference.config.parameters / 1e6:.1f} M parameters"
+    title = f"ppo: {len(prompts):,} prompts, {millions(reference.config.parameters)}"
     with ppo_progress(title) as (show, stop):
         done = train_ppo(
             policy,
@@ -184,7 +181,6 @@ def ppo(
     metrics = {
         "held_out_prompts": len(held_out),
         "before": before,
-        "after": measure(gpt)[2],
         "curve": score_curve(folder),
     }
     token_bytes_V = bytes_of_tokens(pieces)
@@ -193,15 +189,27 @@ def ppo(
         exact = LossFunction(stored.to(place), compiled=False, dtype=PPOConfig().dtype)
         return bits_per_byte(exact, unseen_batches(pieces, stored.config.context), token_bytes_V)
 
+    def figures_of(stored: GPT) -> dict[str, Any]:
+        replies, scores, after = measure(stored.to(place))
+        write_samples(
+            folder / "samples.txt", pieces, held_out, (old_replies, old_scores), (replies, scores)
+        )
+        return {"after": after}
+
     # PPO moves most weights by less than half an int8 step: on the grid that they came from they
     # would be rounded back, and the policy would be the model it began with.
-    levels = 113 if info.stage == "rlhf" else 120
-    saved = write_checkpoint(path, gpt, "rlhf", pieces, lineage, metrics, stored_bits, levels)
-    # What is shown is measured on the file, which is what people will talk to.
-    replies, scores, after = measure(load_model(path)[0].to(place))
-    write_samples(
-        folder / "samples.txt", pieces, held_out, (old_replies, old_scores), (replies, scores)
+    saved = write_checkpoint(
+        path,
+        gpt,
+        "rlhf",
+        pieces,
+        lineage,
+        metrics,
+        stored_bits,
+        levels=113 if info.stage == "rlhf" else 120,
+        figures_of=figures_of,
     )
+    after = saved.metrics["after"]
     print(f"On {len(held_out)} unseen prompts:     before    after")
     for name in REPORT:
         print(f"  {name:>20} {before[name]:9.3f} {after[name]:9.3f}")
@@ -218,10 +226,10 @@ def find_prompts(
     prompts. The held-out ones are of the corpus's validation part; no prompt stands on both sides.
     """
     from tinychat.data import corpus
-    from tinychat.data.jsonl import parse_dialogue, parse_lines, read_lines
     from tinychat.data.preferences import prompt_key
-    from tinychat.data.public import data_folder, source, source_path
+    from tinychat.data.public import data_folder, source
     from tinychat.data.split import split_of
+    from tinychat.data.unseen import PUBLIC_PROMPTS, prompts_of, public_prompts
     from tinychat.dialogue import render_prompt
 
     found: dict[str, dict[str, list[int]]] = {"train": {}, "validation": {}, "test": {}}
@@ -232,19 +240,15 @@ def find_prompts(
             found[part][prompt_key(messages)] = ids
 
     for dialogue in corpus.dialogues():
-        for number, message in enumerate(dialogue.messages):
-            if message.role == "user":
-                add(split_of(dialogue.id), dialogue.messages[: number + 1])
+        for prompt in prompts_of(dialogue):
+            add(split_of(dialogue.id), prompt)
     sources: dict[str, Any] = {"dialogues": {"licence": "CC0-1.0", "prompts": len(found["train"])}}
     if folder := data_folder(data):
-        name = "ppo_prompts"
-        lines = parse_lines(read_lines(source_path(name, folder)), name)
-        for where, line in lines:
-            messages = parse_dialogue({"messages": line.get("prompt")}, where, name, "?").messages
-            if messages[-1].role == "user" and split_of(prompt_key(messages)) == "train":
-                add("train", messages)
-        entry = source(name)
-        sources[name] = {
+        for prompt in public_prompts(folder):
+            if prompt[-1].role == "user" and split_of(prompt_key(prompt)) == "train":
+                add("train", prompt)
+        entry = source(PUBLIC_PROMPTS)
+        sources[PUBLIC_PROMPTS] = {
             "licence": entry.licence,
             "attribution": entry.attribution,
             "sha256": entry.sha256,

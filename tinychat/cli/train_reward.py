@@ -15,6 +15,7 @@ from tinychat.cli.runs import (
     budget_of,
     check_minutes,
     check_sequence,
+    check_unchanged,
     curve,
     find_checkpoint,
     is_written,
@@ -119,11 +120,7 @@ def reward(
     if resume and minutes is None and not settings and is_written(path):
         print(f"{path} is finished already; give --minutes or --set epochs=N to train it longer.")
         return
-    if file_sha256(record["reward_of"]) != record["sha256"]:
-        raise ConfigError(
-            f"{record['reward_of']} has changed since this run began; "
-            "put the old file back, or start another run with --run NAME."
-        )
+    check_unchanged(record["reward_of"], file_sha256(record["reward_of"]), record["sha256"])
     minutes = minutes or budget_of(record, folder)
     place = pick_device(device)
     set_threads()

@@ -34,6 +34,13 @@ def prompts_of(dialogue: Dialogue) -> Iterator[Prompt]:
             yield dialogue.messages[: number + 1]
 
 
+def public_prompts(folder: Path) -> Iterator[Prompt]:
+    """Every public prompt, to train on and to measure with; raises DataError."""
+    for where, line in parse_lines(read_lines(source_path(PUBLIC_PROMPTS, folder)), PUBLIC_PROMPTS):
+        record: dict[str, object] = {"messages": line.get("prompt")}
+        yield parse_dialogue(record, where, PUBLIC_PROMPTS, "?").messages
+
+
 def unseen_prompts(
     count: int,
     folder: Path | None = None,
@@ -57,7 +64,7 @@ def unseen_prompts(
                 seen.add(prompt_key(prompt))
             else:
                 own.setdefault(prompt_key(prompt), prompt)
-    public = _public_prompts(folder) if folder else {}
+    public = _left_out_by_ppo(folder) if folder else {}
     seen |= {prompt_key(group.prompt) for group in by_part(corpus_ranked())["train"]}
     if folder:
         seen |= _seen_in_public(folder, own.keys() | public.keys())
@@ -81,12 +88,10 @@ def _digest(seed: int, key: str) -> bytes:
     return hashlib.sha256(f"evaluation {seed}\n{key}".encode("utf-8", errors="replace")).digest()
 
 
-def _public_prompts(folder: Path) -> dict[str, Prompt]:
+def _left_out_by_ppo(folder: Path) -> dict[str, Prompt]:
     """The public prompts that PPO leaves out."""
     found: dict[str, Prompt] = {}
-    for where, line in parse_lines(read_lines(source_path(PUBLIC_PROMPTS, folder)), PUBLIC_PROMPTS):
-        record: dict[str, object] = {"messages": line.get("prompt")}
-        prompt = parse_dialogue(record, where, PUBLIC_PROMPTS, "?").messages
+    for prompt in public_prompts(folder):
         key = prompt_key(prompt)
         unfilled = any(TEMPLATE.search(message.content) for message in prompt)
         if _is_asked(prompt) and not unfilled and split_of(key) != "train":
