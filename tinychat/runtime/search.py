@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from tinychat.runtime.errors import CheckpointError
@@ -34,16 +35,22 @@ def find(name: str | Path) -> Path:
     if not given.strip() or "\0" in given:
         raise CheckpointError(f"{given!r} names no checkpoint: {_offer('')}.")
     path = Path(os.path.expanduser(given))  # unlike Path.expanduser, leaves an unknown ~name
-    folders = [Path(), *([] if path.is_absolute() else search_folders())]
-    for folder in folders:
-        for candidate in (folder / path, folder / f"{path}{_SUFFIX}"):
-            if _is_file(candidate):
-                return candidate
+    for candidate in _candidates(path):
+        if _is_file(candidate):
+            return candidate
     if os.path.isdir(path):
         inside = sorted(file.name for file in _checkpoints(path))
         advice = f"name one in it: {', '.join(inside)}" if inside else "it holds no checkpoint"
         raise CheckpointError(f"{given!r} is a folder: {advice}.")
     raise CheckpointError(f"No checkpoint {given!r}: {_offer(path.name)}.")
+
+
+def _candidates(path: Path) -> Iterator[Path]:
+    """Where `path` may be; the folders are asked for only when it isn't where it says."""
+    yield from (path, Path(f"{path}{_SUFFIX}"))
+    if not path.is_absolute():
+        for folder in search_folders():
+            yield from (folder / path, folder / f"{path}{_SUFFIX}")
 
 
 def find_first(*names: str) -> Path | None:
