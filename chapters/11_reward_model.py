@@ -7,7 +7,6 @@
 # ---
 
 # %% [markdown]
-# %% [markdown]
 # # Reward model
 #
 # Turn "this reply is better than that one" into a number that a program can raise.
@@ -22,6 +21,20 @@
 # the people: the **reward model**. It is the second of the three steps from GPT-3 to InstructGPT
 # (Ouyang et al. 2022; for summaries first: Stiennon et al. 2020). Chapter 12 then trains the chat
 # model to please it.
+#
+# **What you will build**
+#
+# 1. **a formula** that turns "who won" into numbers;
+# 2. **a head** that reads one number off a reply, and a loss for all pairs of a prompt at once;
+# 3. **a way to judge a judge**: held-out pairs, flaw by flaw, beside an opponent that only knows
+#    words;
+# 4. **a second opinion** beside the network's;
+# 5. **three checks** of the marks: do they mean what they say, do they like long replies, where is
+#    their zero?
+# 6. your own `reward` checkpoint.
+#
+# **What you need:** chapters 07 (the training loop), 09 (the template) and 10 (the model to begin
+# with). The code takes about two minutes; reading it, an hour.
 
 # %% tags=["export"]
 import math
@@ -31,7 +44,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -69,12 +82,22 @@ import copy
 import os
 import tempfile
 import zlib
+from collections import Counter
 
 from tinychat.book.picture import picture
 from tinychat.data import tokenizer_model
 from tinychat.data.groups import tokenize_groups
 from tinychat.data.onpolicy import RULES, flaw_of, sample_ranked
-from tinychat.data.preferences import Ranked, Reply, by_part, corpus_ranked, for_judge, prompt_key
+from tinychat.data.preferences import (
+    Ranked,
+    Reply,
+    by_part,
+    corpus_answered,
+    corpus_ranked,
+    for_judge,
+    mismatched,
+    prompt_key,
+)
 from tinychat.data.records import Message
 from tinychat.generation import Sampling
 from tinychat.gpt import load_model, nano
@@ -110,7 +133,8 @@ def amount(normal: int, large: int, fast: int) -> int:
 # %%
 everything = corpus_ranked()
 one = next(group for group in everything if len(group.replies) == 4)
-print(f"the user: {one.prompt[-1].content}")
+for said in one.prompt:
+    print(f"{said.role}: {said.content}")
 for reply in one.replies:
     print(f"  {reply.rank}. {reply.flaw or 'good':12} {reply.text}")
 counts: dict[str, int] = defaultdict(int)
@@ -144,6 +168,10 @@ assert not keys["validation"] & keys["test"]
 # *difference* of two numbers tells who wins how often. With a difference of 0 it's a coin toss.
 #
 # $$P(a \text{ beats } b) = \frac{1}{1 + e^{-(s_a - s_b)}}$$
+#
+# Here $s_a$ and $s_b$ are the numbers of the two. The function on the right is the **sigmoid**: it
+# presses any difference into a probability between 0 and 1, as `tanh` did in chapter 01 between −1
+# and 1.
 
 # %%
 for difference in (0.0, 0.5, 1.0, 2.0, 4.0):
@@ -178,6 +206,9 @@ for better, worse in ((0.0, 0.0), (2.0, 0.0), (0.0, 2.0), (102.0, 100.0)):
 # Where does the number come from? The chat model turns its last vector into scores for the next
 # token. Take that away, and put a single row of weights in its place: the vector goes in, one number
 # comes out. It is read at the reply's **last token**, the only one that has seen all of the reply.
+#
+# The row starts at random, with weights of a size of one over the root of their number. The first
+# marks are then neither all alike nor far apart (Stiennon et al. 2020 do the same).
 
 
 # %% tags=["export"]
@@ -187,12 +218,14 @@ class RewardModel(nn.Module):
     A linear head reads the last layer's vector at the reply's final token. `mean`, `deviation` and
     `length_slope` turn its raw number into a mark that is 0 for an average good reply, 1 for one
     a standard deviation better, and doesn't grow with length alone; `normalize` sets them.
+    `words` is a second opinion, a weight for each token `[V]`; `add_words` sets it.
     `opener` is the token `<|assistant|>`, behind which the reply begins.
     """
 
     mean: Tensor
     deviation: Tensor
     length_slope: Tensor
+    words: Tensor
 
     def __init__(self, gpt: GPT, opener: int = 6):
         super().__init__()
@@ -204,6 +237,7 @@ class RewardModel(nn.Module):
         self.register_buffer("mean", torch.tensor(0.0))
         self.register_buffer("deviation", torch.tensor(1.0))
         self.register_buffer("length_slope", torch.tensor(0.0))
+        self.register_buffer("words", torch.zeros(gpt.config.vocab_size))
         self.to(gpt.device)
 
     @property
@@ -223,15 +257,27 @@ class RewardModel(nn.Module):
         h_BTD = self.gpt.hidden(ids_BT, segments_BT=segments_BT)
         h_BD = h_BTD[torch.arange(B, device=h_BTD.device), last_B].float()
         with torch.autocast(h_BD.device.type, enabled=False):  # marks are compared finely
-            raw_B = self.head(h_BD)[:, 0]
+            raw_B = self.head(h_BD)[:, 0] + self.word_marks(ids_BT, last_B)
         raw_B = raw_B - self.length_slope * self.log_lengths(ids_BT, last_B)
         return (raw_B - self.mean) / self.deviation
 
+    def in_reply(self, ids_BT: Tensor, last_B: Tensor) -> Tensor:
+        """Return True on the reply's tokens, `[B, T]`: behind the last opener, up to `last_B`."""
+        places_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        so_far_BT = places_T <= last_B[:, None]
+        opener_B = ((ids_BT == self.opener) & so_far_BT).mul(places_T).amax(dim=1)
+        return so_far_BT & (places_T > opener_B[:, None])
+
     def log_lengths(self, ids_BT: Tensor, last_B: Tensor) -> Tensor:
         """Return ln(1 + tokens of the reply) of each row, `[B]`."""
-        places_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        opens_BT = (ids_BT == self.opener) & (places_T <= last_B[:, None])
-        return (last_B - (opens_BT * places_T).amax(dim=1)).float().log1p()
+        return self.in_reply(ids_BT, last_B).sum(dim=1).float().log1p()
+
+    def word_marks(self, ids_BT: Tensor, last_B: Tensor) -> Tensor:
+        """Return what the words of each reply say by themselves, `[B]`, as `bag_scores` does."""
+        reply_BT = self.in_reply(ids_BT, last_B)
+        has_BV = self.words.new_zeros(len(ids_BT), len(self.words))
+        has_BV.scatter_reduce_(1, ids_BT, reply_BT.to(has_BV.dtype), "amax")
+        return has_BV @ self.words / has_BV.sum(dim=1).clamp(min=1).sqrt()
 
 
 # %% tags=["export"]
@@ -357,7 +403,9 @@ assert abs(ours.item() - by_hand) < 1e-6
 # The rejected replies of the corpus are what a *person* thought of as bad. Our model makes other
 # mistakes: it repeats itself, never ends, or hands the question back. A judge that has never seen such
 # replies may well like them, and chapter 12 would find that out at once. So let the model answer some
-# prompts itself, several times each. These are **on-policy** samples.
+# prompts itself, several times each. These are **on-policy** samples. (*Policy* is what reinforcement
+# learning calls a model that acts, chapter 12. On-policy means: its own doing, and not somebody
+# else's.)
 #
 # Who ranks them? The written reply is better, that much is safe. Among the samples, a few plain rules
 # decide. You find them in `tinychat/data/onpolicy.py`, and you can disagree with each.
@@ -389,6 +437,36 @@ for group in sampled:
     for reply in group.replies[1:]:
         kinds[reply.flaw or "breaks no rule"] += 1
 print(dict(kinds))
+
+# %% [markdown]
+# ## The right answer to another question
+#
+# One sort of bad reply is missing, and it is the most dangerous one. "I don't know. Tell me what you'd
+# like." is polite, honest and whole, and a good reply to *some* questions. A judge that looks at the
+# reply alone will like it everywhere. Then chapter 12 makes a model that says it to everything. (It
+# did: the lab notes have the transcript.)
+#
+# So the judge must be made to read the question. Put under each prompt its own reply, and beside it
+# the replies to two *other* prompts. Each reply is the better one as often as the worse one. Nothing in
+# the reply itself can tell; only together with the prompt does it fit or not.
+
+# %%
+answered = by_part(corpus_answered())
+foreign = mismatched([one for one in answered["train"] if not for_judge(one.prompt)])
+unseen_foreign = mismatched(answered["validation"] + answered["test"])
+print(f"{len(foreign)} prompts to learn from, {len(unseen_foreign)} held out")
+for one in foreign[:2]:
+    print(f"> {one.prompt[-1].content}")
+    for reply in one.replies:
+        print(f"  {reply.rank} {reply.flaw:8} {reply.text[:70]!r}")
+
+# %% tags=["test"]
+better, worse = Counter(), Counter()
+for one in foreign:
+    for good, bad in one.pairs:
+        better[one.replies[good].text] += 1
+        worse[one.replies[bad].text] += 1
+assert sum(abs(better[text] - worse[text]) for text in better) <= 0.02 * better.total()
 
 # %% [markdown]
 # ## How good is a judge?
@@ -483,25 +561,27 @@ def length_correlation(groups: Sequence[Group], marks: Sequence[Sequence[float]]
 
 
 # %% [markdown]
-# A number needs something to stand beside it. How far do you get by *counting words*? The next cell
-# gives each token a weight, and a reply the sum of the weights of its tokens (a **bag of words**). No
-# order, no prompt, no network. What that reaches is no achievement of your reward model.
+# A number needs something to stand beside it. How far do you get with *words alone*? The next cell
+# gives each token a weight, and a reply the sum of the weights of the tokens in it (a **bag of
+# words**). Each token counts once, and the sum is divided by the root of their number, so that a long
+# reply isn't ahead by its length. No order, no prompt, no network. What that reaches is no achievement
+# of your reward model.
 
 
 # %% tags=["export"]
 def bag_of_words(
     groups: Sequence[Group], vocab_size: int, *, decay: float = 3e-3, steps: int = 200
 ) -> Tensor:
-    """Return a weight for each token `[V]`: the best that counting words can do (a baseline).
+    """Return a weight for each token `[V]`: the best that words alone can do (a baseline).
 
-    Logistic regression on the counts of the reply's tokens. It sees no order and no prompt.
+    Logistic regression on which tokens a reply has. It sees no order and no prompt.
     """
     batch = collate(groups, pad=0)
     weight_V = torch.zeros(vocab_size, requires_grad=True)
     optimizer = torch.optim.Adam([weight_V], lr=0.02)
-    tokens, rows = reply_tokens(groups)
+    bags = Bags.of(groups)
     for _ in range(steps):
-        scores_N = torch.zeros(len(batch.ids_BT)).index_add(0, rows, weight_V[tokens])
+        scores_N = bags.scores(weight_V)
         loss = bradley_terry(scores_N, batch.better_P, batch.worse_P, batch.share_P)
         (loss + decay * weight_V.square().sum()).backward()
         optimizer.step()
@@ -509,19 +589,32 @@ def bag_of_words(
     return weight_V.detach()
 
 
-def reply_tokens(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-    """Return the tokens of all replies in one row, and the number of the reply of each."""
-    replies = [tokens[group.start :] for group in groups for tokens in group.tokens]
-    lengths = torch.tensor([len(reply) for reply in replies])
-    numbers = torch.arange(len(replies)).repeat_interleave(lengths)
-    return torch.tensor([token for reply in replies for token in reply]), numbers
+class Bags(NamedTuple):
+    """Which tokens the N replies of some groups have: M pairs of a token and a reply."""
+
+    tokens_M: Tensor
+    rows_M: Tensor
+    share_M: Tensor
+    "one over the root of the number of different tokens in the reply"
+    replies: int
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Self:
+        replies = [set(tokens[group.start :]) for group in groups for tokens in group.tokens]
+        sizes_N = torch.tensor([len(reply) for reply in replies])
+        rows_M = torch.arange(len(replies)).repeat_interleave(sizes_N)
+        tokens_M = torch.tensor([token for reply in replies for token in sorted(reply)])
+        return cls(tokens_M, rows_M, sizes_N.float().rsqrt()[rows_M], len(replies))
+
+    def scores(self, weight_V: Tensor) -> Tensor:
+        """Return the sum of each reply's weights over the root of their number, `[N]`."""
+        parts_M = weight_V[self.tokens_M] * self.share_M
+        return torch.zeros(self.replies).index_add(0, self.rows_M, parts_M)
 
 
 def bag_scores(weight_V: Tensor, groups: Sequence[Group]) -> list[list[float]]:
     """Return the baseline's mark of every reply, group by group."""
-    tokens, rows = reply_tokens(groups)
-    count = sum(len(group.tokens) for group in groups)
-    return regroup(torch.zeros(count).index_add(0, rows, weight_V[tokens]), groups)
+    return regroup(Bags.of(groups).scores(weight_V), groups)
 
 
 # %%
@@ -535,13 +628,11 @@ def tokenized(ranked: Sequence[Ranked]) -> list[Group]:
 mine = [group for group in parts["train"] if not for_judge(group.prompt)]
 train = tokenized(mine[: amount(3000, 3000, 40)])
 held_out = tokenized((parts["validation"] + parts["test"])[: amount(240, 80, 12)])
-words = bag_of_words(train, tokenizer.vocab_size, decay=1e-2)
+words = bag_of_words(train, tokenizer.vocab_size)
 by_words = judge(held_out, bag_scores(words, held_out))
 print(f"{len(train)} prompts to learn from, {len(held_out)} held out")
-print(
-    f"counting words: {accuracy(judge(train, bag_scores(words, train))):.0%} of the training pairs"
-)
-print(f"                {accuracy(by_words):.0%} of {len(by_words)} held-out pairs")
+print(f"words alone: {accuracy(judge(train, bag_scores(words, train))):.0%} of the training pairs")
+print(f"             {accuracy(by_words):.0%} of {len(by_words)} held-out pairs")
 order = words.argsort()
 print("bad signs: ", ", ".join(repr(tokenizer.piece(int(id))) for id in order[:12]))
 print("good signs:", ", ".join(repr(tokenizer.piece(int(id))) for id in order.flip(0)[:12]))
@@ -581,6 +672,8 @@ class RewardConfig:
     "share of the steps, at the end, in which the rates fall to zero"
     clip: float = 1.0
     "largest norm of the whole gradient"
+    words: float = 0.6
+    "how loudly the word weights speak beside the network; 0 silences them"
     seed: int = 0
     "decides the head's first weights and the order of the prompts"
     precision: str = "auto"
@@ -595,12 +688,14 @@ class RewardConfig:
             raise ConfigError(f"epochs is {self.epochs}; it must be a number above 0.")
         if self.replies < 2:
             raise ConfigError(f"replies is {self.replies}; a comparison needs at least 2.")
+        if not 0 <= self.words < math.inf:
+            raise ConfigError(f"words is {self.words}; it must be 0 or a number above it.")
         self.loop()  # the loop refuses everything else that makes no sense
 
     def loop(self) -> TrainConfig:
         """The same settings for the parts of chapter 07's loop."""
         shared = asdict(self)
-        for name in ("epochs", "replies"):
+        for name in ("epochs", "replies", "words"):
             del shared[name]
         return TrainConfig(**shared, compiled=False)
 
@@ -821,6 +916,7 @@ torch.manual_seed(0)
 model = RewardModel(copy.deepcopy(sft), tokenizer.assistant_id)
 allowed = {group.id for group in mine}
 data = train + tokenized([group for group in sampled if group.id in allowed])
+data += tokenized(foreign[: amount(1600, 1600, 8)])
 log: list[Progress] = []
 config = replace(PLAIN, batch=8)
 with tempfile.TemporaryDirectory() as folder:
@@ -844,21 +940,153 @@ print(f"{'':14} pairs  model  words")
 print(f"{'all pairs':14} {len(judged):5} {accuracy(judged):6.0%} {accuracy(by_words):6.0%}")
 for flaw, (share, count) in table.items():
     print(f"{flaw:14} {count:5} {share:6.0%} {baseline[flaw][0]:6.0%}")
+others = tokenized(unseen_foreign[: amount(240, 80, 12)])
+fits = judge(others, score_groups(model, others, PAD))
+by_bag = judge(others, bag_scores(words, others))
+print(f"{'own or foreign':14} {len(fits):5} {accuracy(fits):6.0%} {accuracy(by_bag):6.0%}")
 
 # %% [markdown]
 # Read it with its counts: a line with five pairs says next to nothing. The faults of *form* are easy
 # (rude, rambling, repetitive). `wrong` is another matter. To see that a reply is wrong, a judge must
 # know what is right, and a small model knows little. Where it does well there, ask the last column
-# whether it was knowledge.
+# whether it was knowledge. The last line tells whether the question was read: words alone must stay
+# near 50 % there.
 #
-# And where the word counter is ahead, it is ahead. A short run of a small network on a small set loses
+# And where words alone are ahead, they are ahead. A short run of a small network on a small set loses
 # to a good baseline more often than books admit.
+#
+# ## Two opinions
+#
+# So is the network of no use? Ask *where* each of the two is wrong. If they fail on different pairs,
+# one can outvote the other's mistakes. That is the idea of an **ensemble**, and it needs nothing but
+# mistakes that differ. Ours have reason to: one reads order and question, the other sees neither and
+# is hard to confuse. (Cheng et al. 2016 put a wide, simple part beside a deep one for the same reason;
+# Coste et al. 2023 use ensembles against reward hacking.)
+
+# %%
+both = [
+    (mine.margin > 0, its.margin > 0) for mine, its in zip(judged, by_words, strict=True)
+]  # fmt: skip
+print("            words right  words wrong")
+for name, right in (("model right", True), ("model wrong", False)):
+    counts = [sum(pair == (right, words_right) for pair in both) for words_right in (True, False)]
+    print(f"{name:11} {counts[0]:12} {counts[1]:12}")
+
+# %% [markdown]
+# Where one is right and the other wrong, the surer one should win. So the two marks are added, after
+# both were put on one scale: the deviation of their marks over good replies. The word weights get a
+# bit less than the network, since words are easily put into a reply by a policy that looks for
+# high marks.
+
+
+# %% tags=["export"]
+def add_words(
+    model: RewardModel,
+    weight_V: Tensor,
+    references: Sequence[Sequence[int]],
+    pad: int,
+    *,
+    share: float = 0.6,
+) -> None:
+    """Let word weights `[V]` have a say in the mark, beside the network's.
+
+    Over `references`, good replies that were not trained on, their deviation becomes `share` times
+    the network's. Call `normalize` afterwards.
+    """
+    neutral(model)
+    model.words.zero_()
+    of_network_N = score(model, references, pad)
+    model.words.copy_(weight_V)
+    ids_BT, last_B = (t.to(model.device) for t in right_padded(references, pad))
+    of_words_N = model.word_marks(ids_BT, last_B)
+    model.words *= share * float(of_network_N.std()) / max(float(of_words_N.std()), 1e-6)
+
+
+# %%
+strangers = tokenized([g for g in parts["train"] if for_judge(g.prompt)][: amount(150, 60, 12)])
+good_ones = [group.tokens[0] for group in strangers]
+print("words' share  held-out pairs right  correlation with length")
+for share in (0, 0.3, 0.6, 1, 2):
+    add_words(model, words, good_ones, PAD, share=share)
+    blended = score_groups(model, held_out, PAD)
+    right, length = accuracy(judge(held_out, blended)), length_correlation(held_out, blended)
+    print(f"{share:12} {right:21.1%} {length:+24.2f}")
+add_words(model, words, good_ones, PAD)
+marks = score_groups(model, held_out, PAD)
+judged = judge(held_out, marks)
+
+# %% tags=["test"]
+ids_BT, last_B = right_padded([group.tokens[0] for group in held_out], PAD)
+torch.testing.assert_close(
+    model.word_marks(ids_BT, last_B),
+    torch.tensor([one[0] for one in bag_scores(model.words, held_out)]),
+    atol=1e-4,
+    rtol=1e-4,
+)
+
+# %% [markdown]
+# From here on, `model` is the two together.
+#
+# A second *network* is another opinion too, if it saw other samples or the same ones in another order.
+# But asking two costs twice the time, on every reply of chapter 12. There is a cheaper way that works
+# surprisingly often: average their **weights**, each with its twin, and ask the one network that comes
+# out (Ramé et al. 2024). That would be nonsense for two networks from different starts: weight 17 of
+# one has nothing to do with weight 17 of the other. But both of ours begin with the same chat model
+# and the same head, and a short training moves them not far apart. On the way they learn what the
+# data say, in common, and each its own noise. The average keeps the first and halves the second.
+
+
+# %% tags=["export"]
+def average_weights(model: RewardModel, others: Sequence[RewardModel]) -> None:
+    """Give `model` the mean of its own weights and those of `others` (Ramé et al. 2024).
+
+    All must have begun with the same weights. Call `add_words` and `normalize` afterwards. Raises
+    ConfigError where the shapes differ.
+    """
+    sizes = {one.gpt.config for one in (model, *others)}
+    if len(sizes) > 1:
+        raise ConfigError("Only reward models that began with the same chat model can be averaged.")
+    with torch.no_grad():
+        for weight, *theirs in zip(*(one.parameters() for one in (model, *others)), strict=True):
+            weight.copy_(torch.stack([weight, *(t.to(weight) for t in theirs)]).mean(dim=0))
+
+
+# %%
+def trained(order: int) -> RewardModel:
+    """A short training, from the same chat model and head, in an order of its own."""
+    torch.manual_seed(0)
+    fresh = RewardModel(copy.deepcopy(sft), tokenizer.assistant_id)
+    settings = replace(config, epochs=1, seed=order)
+    with tempfile.TemporaryDirectory() as folder:
+        fit_reward(fresh, data, settings, folder, pad=PAD, minutes=(0.5 if FAST else 6) / 60)
+    return fresh.eval()
+
+
+one, two = trained(1), trained(2)
+mean = copy.deepcopy(one)
+average_weights(mean, [two])
+theirs = {"one": one, "the other": two, "mean of the weights": mean}
+marks_of = {name: score_groups(network, held_out, PAD) for name, network in theirs.items()}
+marks_of["mean of the marks"] = [
+    [(a + b) / 2 for a, b in zip(*pair, strict=True)]
+    for pair in zip(marks_of["one"], marks_of["the other"], strict=True)
+]
+for name, its_marks in marks_of.items():
+    print(f"{name:20} {accuracy(judge(held_out, its_marks)):6.1%} of held-out pairs right")
+means = [torch.tensor(sum(marks_of[f"mean of the {what}"], [])) for what in ("weights", "marks")]
+print(f"the two means agree: correlation {float(torch.corrcoef(torch.stack(means))[0, 1]):.3f}")
+
+# %% [markdown]
+# The last line is the surprise: one network with averaged weights says nearly what the two say on
+# average. `tinychat train reward --average FILE` does this with an earlier reward model, so that a
+# new round of training doesn't forget what the last one knew.
 #
 # ## Does it mean what it says?
 #
-# A difference of two marks stands for a probability. So you can ask: of all pairs where the model is
-# about 80 % sure, is it right in 80 %? That is **calibration**. A model that is surer than it is right
-# will mislead chapter 12, which takes every mark at its word.
+# A difference of two marks stands for a probability: that is how the loss reads it. So you can ask: of
+# all pairs where the model is about 80 % sure, is it right in 80 %? That is **calibration**. A model that
+# is surer than it is right will mislead chapter 12, which takes every mark at its word. (Ours has two
+# opinions in its mark, and their scale was chosen and not trained. All the more reason to look.)
 
 # %%
 bins = calibration(pair.margin for pair in judged)
@@ -873,10 +1101,10 @@ print(f"mean distance: {error:.1%}")
 # alt: How often the model is right against how sure it is, beside the diagonal of a perfect judge.
 def draw_calibration(plt: Any) -> Any:
     figure, axes = plt.subplots(figsize=(5, 4))
-    axes.plot([0.5, 1], [0.5, 1], color="gray", linestyle="--", label="as sure as right")
+    axes.plot([0.5, 1], [0.5, 1], color="#808080", linestyle="--", label="as sure as right")
     says, right, sizes = zip(*bins, strict=True)
-    axes.plot(says, right, color="tab:blue", zorder=1)
-    axes.scatter(says, right, s=[20 + 2 * size for size in sizes], color="tab:blue", zorder=2)
+    axes.plot(says, right, color="C0", zorder=1)
+    axes.scatter(says, right, s=[20 + 2 * size for size in sizes], color="C0", zorder=2)
     axes.set(xlabel="what the model says", ylabel="how often it is right", ylim=(0.3, 1.03))
     axes.legend()
     return figure
@@ -892,7 +1120,7 @@ picture("11_calibration", draw_calibration)
 # ## Longer is not better
 #
 # People who compare replies tend to like the longer one, and reward models learn it from them faster
-# than anything else. Then a policy that is trained on the marks writes longer and longer. Before you
+# than anything else. Then a chat model that is trained on the marks writes longer and longer. Before you
 # trust a judge, look at replies that are *equally good*: those that were written as the best for
 # their prompts. Their marks should have nothing to do with their length.
 
@@ -989,8 +1217,6 @@ share = sum(longer_wins(g, p) for g in sick_data for p in g.pairs) / sum(
     len(g.pairs) for g in sick_data
 )
 print(f"the longer reply wins in {share:.0%} of the biased training pairs")
-strangers = tokenized([g for g in parts["train"] if for_judge(g.prompt)][: amount(150, 60, 12)])
-good_ones = [group.tokens[0] for group in strangers]
 sick, treated = learned(sick_data), learned(balanced(sick_data))
 found = {"biased": score_groups(sick, held_out, PAD)}
 found["1. balanced pairs"] = score_groups(treated, held_out, PAD)
@@ -1013,7 +1239,10 @@ for name, its_marks in found.items():
 # Only differences were learned, so the marks of a fresh model may lie anywhere, and their spread
 # depends on how long you trained. Chapter 12 wants numbers that mean the same every time. `normalize`,
 # which you have just used, sets both: over good replies that were not trained on, the marks get mean
-# 0 and deviation 1. A reply with 0 is then as good as an average good one.
+# 0 and deviation 1. A reply with 0 is then as good as an average good one. All that happens to the raw
+# number of the head, in one line:
+#
+# $$\text{mark} = \frac{\text{raw} - \text{slope} \cdot \ln(1 + \text{tokens}) - \text{mean}}{\text{deviation}}$$
 
 # %%
 raw_deviation = float(score(model, good_ones, PAD).std())
@@ -1034,6 +1263,30 @@ print(f"held-out replies: written {best.mean():+.2f}, rejected {worse.mean():+.2
 assert abs(good_marks.mean().item()) < 1e-3 and abs(good_marks.std().item() - 1) < 1e-3
 
 # %% [markdown]
+# An average hides how much the two heaps overlap. So look at all marks.
+
+
+# %%
+# alt: Two overlapping heaps of marks of held-out replies: the written ones and the rejected ones.
+def draw_marks(plt: Any) -> Any:
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    low, high = float(min(best.min(), worse.min())), float(max(best.max(), worse.max()))
+    edges = np.linspace(low, high, 25)
+    for heap, label in ((best, "written as good"), (worse, "rejected")):
+        axes.hist(heap, edges, density=True, alpha=0.5, label=label)
+    axes.set(xlabel="mark; 0 is an average good reply", ylabel="share", yticks=[])
+    axes.legend()
+    return figure
+
+
+picture("11_marks", draw_marks)
+
+# %% [markdown]
+# Where the heaps overlap, a mark alone tells you little: a good reply to one question may have the mark
+# of a bad one to another. The judge was only ever asked to compare replies to the *same* question. Keep
+# that in mind when you read a single mark.
+
+# %% [markdown]
 # ## Somebody else to judge
 #
 # Chapter 12 will push the chat model towards high marks, and it will find every weakness of this
@@ -1052,8 +1305,8 @@ print(
 # %% [markdown]
 # ## Keep it
 #
-# A reward checkpoint is an SFT checkpoint with two more tensors: the head, and the three numbers that
-# `normalize` set. You can't chat with it: it reads and gives marks, and has nothing to say.
+# A reward checkpoint is an SFT checkpoint with three more tensors: the head, the word weights, and the
+# three numbers that `normalize` set. You can't chat with it: it reads and gives marks, and has nothing to say.
 
 
 # %% tags=["export"]
@@ -1066,9 +1319,10 @@ def save_reward(
     metrics: Mapping[str, Any],
     quantize: Literal["int8", "bf16", "fp32"] = "int8",
 ) -> CheckpointInfo:
-    """Write a checkpoint of the stage "reward": the GPT's weights and two more tensors."""
+    """Write a checkpoint of the stage "reward": the GPT's weights and three more tensors."""
     extra = {
         "reward.head": model.head.weight[0],  # a vector, so that it stays float32 in int8 files
+        "reward.words": model.words,
         "reward.numbers": torch.stack([model.mean, model.deviation, model.length_slope]),
     }
     return checkpoint.save(
@@ -1098,12 +1352,16 @@ def load_reward(path: str | Path) -> tuple[RewardModel, Tokenizer, CheckpointInf
     state = dict(loaded.state)
     head_D = state.pop("reward.head", torch.empty(0))
     numbers = state.pop("reward.numbers", torch.empty(0))
-    if head_D.shape != (info.config["width"],) or numbers.shape != (3,) or not numbers[1] > 0:
+    words_V = state.pop("reward.words", torch.empty(0))
+    shapes = head_D.shape, words_V.shape
+    wanted = (info.config["width"],), (info.config["vocab_size"],)
+    if shapes != wanted or numbers.shape != (3,) or not numbers[1] > 0:
         raise CheckpointError(
             f"{path}: the reward model's head is missing or misshapen; "
             "get or train the checkpoint again."
         )
-    rest = replace(info, parameters=info.parameters - head_D.numel() - numbers.numel())
+    extra = sum(tensor.numel() for tensor in (head_D, numbers, words_V))
+    rest = replace(info, parameters=info.parameters - extra)
     gpt, tokenizer = build_model(Checkpoint(rest, state, loaded.tokenizer))
     model = RewardModel(gpt, tokenizer.assistant_id)
     with torch.no_grad():
@@ -1112,6 +1370,7 @@ def load_reward(path: str | Path) -> tuple[RewardModel, Tokenizer, CheckpointInf
         (model.mean, model.deviation, model.length_slope), numbers, strict=True
     ):
         buffer.copy_(value)
+    model.words.copy_(words_V)
     return model.eval(), tokenizer, info
 
 
@@ -1188,22 +1447,6 @@ else:
 # terminal (`tinychat duel`), and give the file to `tinychat train reward --votes FILE`. Ties teach
 # nothing: the loss only knows winners.
 #
-# ## What we left out
-#
-# - **Several judges**, whose disagreement warns you where none of them knows. Chapter 12 tries it.
-# - **Marks for parts of a reply** (process rewards): a long solution can be right up to one line.
-# - **No reward model at all.** Direct preference optimisation (Rafailov et al. 2023) puts the same
-#   Bradley-Terry loss on the chat model itself. It is simpler, and there is nothing to look at.
-# - **People.** Hired ones, many, with guidelines and checks. Even they agree with each other in only
-#   about three of four pairs, which is a ceiling for any model of them.
-#
-# ## Where this is in the package
-#
-# Everything tagged `export` here is `tinychat/reward_model.py`. The ranked replies come from
-# `tinychat/data/preferences.py`, the rules for samples from `tinychat/data/onpolicy.py`.
-# `tinychat train reward` calls `fit_reward` with the whole corpus, with public comparisons if you
-# have them, and with your votes.
-#
 # ## Exercises
 #
 # **1. Intransitive tastes.** Bradley and Terry give each player one number. Suppose that A beats B, B
@@ -1213,10 +1456,9 @@ else:
 # %% tags=["solution"]
 strength = torch.randn(3, generator=torch.Generator().manual_seed(0)).requires_grad_()
 for _ in range(300):
-    wins = torch.tensor([[0, 1], [1, 2], [2, 0]])
-    share_of = torch.tensor([0.9, 0.9, 0.9])
-    loss = bradley_terry(strength, wins[:, 0], wins[:, 1], share_of)
-    loss = 0.9 * loss + 0.1 * bradley_terry(strength, wins[:, 1], wins[:, 0], share_of)
+    wins, alike = torch.tensor([[0, 1], [1, 2], [2, 0]]), torch.ones(3)
+    loss = 0.9 * bradley_terry(strength, wins[:, 0], wins[:, 1], alike)
+    loss = loss + 0.1 * bradley_terry(strength, wins[:, 1], wins[:, 0], alike)
     (gradient,) = torch.autograd.grad(loss, strength)
     strength = (strength - gradient).detach().requires_grad_()
 print(f"numbers {[round(s, 3) for s in (strength - strength.mean()).tolist()]}, loss {loss:.3f}")
@@ -1224,8 +1466,8 @@ assert abs(loss.item() - math.log(2)) < 1e-3, "a coin toss: no numbers can tell 
 
 # %% [markdown]
 # **2. Which token?** We read the mark at the last token. Try the mean of the vectors over the whole
-# reply instead (keep the model, change only what the head reads), and look how far the marks of the
-# trained model agree with those at the end. Why could the mean be worse even after training?
+# reply instead: keep the model, and change only what the head reads. How far do the marks of the
+# trained model agree with those at the end? Why could the mean be worse, even if you train for it?
 
 # %% tags=["solution"]
 some = held_out[: amount(40, 20, 6)]
@@ -1255,14 +1497,44 @@ assert abs(p * p + (1 - p) ** 2 - 0.75) < 1e-9 and majority > p
 # %% [markdown]
 # ## Check yourself
 #
-# 1. *All marks of a reward model grow by 100. What happens to its loss?* Nothing: it only sees
-#    differences. That is why `normalize` has to set the zero.
-# 2. *Why is the mark read at the last token and not at the first one of the reply?* A token sees only
-#    what stands before it. The first one has seen nothing of the reply yet.
-# 3. *Nine replies to a prompt are ranked. How many times does each go through the model?* Once; the 36
-#    pairs are made of nine numbers.
-# 4. *A judge gets 80 % of pairs right, a word counter 82 %. What have you shown?* Not yet that the
-#    judge understands anything that the words don't give away.
+# 1. All marks of a reward model grow by 100. What happens to its loss?
+# 2. Why is the mark read at the last token and not at the first one of the reply?
+# 3. Nine replies to a prompt are ranked. How many times does each go through the model?
+# 4. A judge gets 80 % of pairs right, words alone 82 %. What have you shown?
+#
+# <details markdown="1"><summary>Answers</summary>
+#
+# 1. Nothing: it only sees differences. That is why `normalize` has to set the zero.
+# 2. A token sees only what stands before it. The first one has seen nothing of the reply yet.
+# 3. Once; the 36 pairs are made of nine numbers.
+# 4. Not yet that the judge understands anything that the words don't give away.
+#
+# </details>
+#
+# ## What we left out
+#
+# - **Where judges disagree**, none of them knows. Ours adds two opinions up; it could also lower the
+#   mark where they part (Coste et al. 2023).
+# - **Marks for parts of a reply** (process rewards): a long solution can be right up to one line.
+# - **By how much.** People can also say "much better" or "a little". Touvron et al. (2023) ask for a
+#   larger difference of marks where they did.
+# - **A chat model in place of the people.** Bai et al. (2022) let a large one compare the replies, by
+#   written principles. It's cheap, and its taste becomes your model's.
+# - **Rules in the mark.** Some projects add points for a fitting length, or subtract them for
+#   repetition. Our rules rank samples for training instead, so that the mark stays one opinion. Where
+#   an answer can be *checked*, as in sums, a rule may replace the judge altogether (chapter 12).
+# - **No reward model at all.** Direct preference optimisation (Rafailov et al. 2023) puts the same
+#   Bradley-Terry loss on the chat model itself. It is simpler, and there is no mark to look at. An
+#   exercise of chapter 12 builds it.
+# - **People.** Hired ones, many, with guidelines and checks. Even Ouyang's labelers agreed with each
+#   other in only about three of four pairs, which is a ceiling for any model of them.
+#
+# ## Where this is in the package
+#
+# Everything tagged `export` here is `tinychat/reward_model.py`. The ranked replies come from
+# `tinychat/data/preferences.py`, the rules for samples from `tinychat/data/onpolicy.py`.
+# `tinychat train reward` calls `fit_reward` with the whole corpus, with public comparisons if you
+# have them, and with your votes.
 #
 # ## Sources
 #
@@ -1277,5 +1549,16 @@ assert abs(p * p + (1 - p) ** 2 - 0.75) < 1e-9 and majority > p
 # - P. Singhal, T. Goyal, J. Xu, G. Durrett:
 #   [A Long Way to Go: Investigating Length Correlations in RLHF](https://arxiv.org/abs/2310.03716)
 #   (2023). How much of the gain is length.
+# - H.-T. Cheng et al.: [Wide & deep learning](https://arxiv.org/abs/1606.07792) (2016). A simple part
+#   beside a deep one.
+# - M. Henderson et al.: [Efficient Natural Language Response Suggestion for Smart
+#   Reply](https://arxiv.org/abs/1705.00652) (2017). Other people's replies as the wrong ones.
+# - T. Coste, U. Anwar, R. Kirk, D. Krueger: [Reward model ensembles help mitigate
+#   overoptimization](https://arxiv.org/abs/2310.02743) (2023).
+# - A. Ramé et al.: [WARM: On the benefits of weight averaged reward
+#   models](https://arxiv.org/abs/2401.12187) (2024).
+# - H. Touvron et al.: [Llama 2](https://arxiv.org/abs/2307.09288) (2023). Two reward models, and a margin
+#   in the loss.
+# - Y. Bai et al.: [Constitutional AI](https://arxiv.org/abs/2212.08073) (2022). A chat model as the judge.
 # - R. Rafailov et al.:
 #   [Direct Preference Optimization](https://arxiv.org/abs/2305.18290) (2023).

@@ -1,6 +1,7 @@
 """Ranked replies: readers, the split by prompt, the judge's half, votes, rules for samples."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from tinychat.data.preferences import (
     Ranked,
     Reply,
     by_part,
+    corpus_answered,
     corpus_ranked,
     for_judge,
+    mismatched,
     prompt_key,
     public_ranked,
     read_ranked,
@@ -113,6 +116,33 @@ def test_the_judges_half_is_about_half_and_disjoint():
 
 
 # Files
+
+
+def test_only_the_prompt_tells_own_replies_from_foreign_ones():
+    groups = [ranked(f"q{n}", f"reply {n}", "rude") for n in range(9)]
+    found = mismatched(groups, count=2)
+    assert sorted(group.id for group in found) == [f"q{n}" for n in range(9)]
+    for group in found:
+        assert group.replies[0].text == f"reply {group.id[1:]}" and group.replies[0].rank == 0
+        assert [(r.rank, r.flaw) for r in group.replies[1:]] == [(1, "offtopic")] * 2
+        assert "rude" not in [reply.text for reply in group.replies]
+    # Every reply wins twice and loses twice.
+    won = Counter(g.replies[one].text for g in found for one, _ in g.pairs)
+    lost = Counter(g.replies[two].text for g in found for _, two in g.pairs)
+    assert won == lost == Counter({f"reply {n}": 2 for n in range(9)})
+    assert mismatched(groups, count=2) == found == mismatched(groups[::-1], count=2)
+    # Replies that two prompts share are no pair.
+    assert mismatched([ranked("a", "same", "x"), ranked("b", "same", "y")]) == []
+
+
+def test_every_conversation_of_the_corpus_can_be_mismatched():
+    answered = corpus_answered()
+    assert len(answered) > len(corpus_ranked())
+    assert all(len(group.replies) == 1 and not group.pairs for group in answered)
+    parts = by_part(answered)
+    own = {group.replies[0].text for group in parts["validation"]}
+    foreign = {reply.text for group in mismatched(parts["validation"]) for reply in group.replies}
+    assert foreign <= own, "nothing comes from another part of the split"
 
 
 def test_pairs_and_scores_from_files(tmp_path):

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from tinychat.reward_model import (
     RewardModel,
     accuracy,
     accuracy_by,
+    add_words,
+    average_weights,
     bag_of_words,
     bag_scores,
     bradley_terry,
@@ -40,9 +44,10 @@ from tinychat.reward_model import (
     score,
     score_groups,
 )
-from tinychat.runtime.checkpoint import read_info
+from tinychat.runtime.checkpoint import file_sha256, read_info
 from tinychat.runtime.errors import CheckpointError, ConfigError, DataError
 from tinychat.runtime.metrics import read_metrics
+from tinychat.runtime.state import load_state
 from tinychat.tokenizer import Tokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -217,6 +222,7 @@ def real(seed: int = 0) -> tuple[RewardModel, Tokenizer]:
     tokenizer = Tokenizer(tokenizer_model())
     shape = replace(SHAPE, vocab_size=tokenizer.vocab_size)
     model = stirred(seed, shape)
+    add_words(model, torch.randn(tokenizer.vocab_size), texts(20), 0)
     normalize(model, texts(20), 0)
     return model, tokenizer
 
@@ -235,6 +241,7 @@ def test_round_trip(tmp_path, kind, off):
     for name in ("mean", "deviation", "length_slope"):
         assert torch.equal(getattr(again, name), getattr(model, name))
     assert torch.equal(again.head.weight, model.head.weight), "the head stays exact"
+    assert torch.equal(again.words, model.words), "so do the words"
 
 
 def test_other_files_are_refused_in_one_sentence(tmp_path, monkeypatch):
@@ -301,21 +308,60 @@ def test_length_correlation():
     assert length_correlation(groups, [[-m[0], 0.0] for m in longer]) == pytest.approx(-1.0)
 
 
-def test_counting_words():
+def test_words_alone():
     groups = [group_of(f"q{n}", f"{n} good", f"{n} bad") for n in range(10)]
     weights = bag_of_words(groups, 263)
     assert weights[7 + ord("g")] > 0 > weights[7 + ord("b")]
-    unseen = [group_of("new", "good", "bad"), group_of("other", "bad good good", "bad bad good")]
+    unseen = [group_of("new", "good", "bad"), group_of("other", "dog dig", "bad bid")]
     assert accuracy(judge(unseen, bag_scores(weights, unseen))) == 1.0
-    # It counts: the mark of a reply is the sum of its tokens' weights.
-    tokens = list(unseen[0].tokens[0][unseen[0].start :])
+    # Each token counts once, and the sum is divided by the root of their number: g, o, d, end.
+    tokens = sorted(set(unseen[0].tokens[0][unseen[0].start :]))
+    assert len(tokens) == 4
     assert bag_scores(weights, unseen)[0][0] == pytest.approx(
-        weights[tokens].sum().item(), abs=1e-5
+        weights[tokens].sum().item() / 2, abs=1e-5
     )
-    # Words in another order are the same to it, and the prompt is nothing.
-    swapped = [group_of("q", "ab", "ba")]
-    one, two = bag_scores(weights, swapped)[0]
-    assert one == pytest.approx(two, abs=1e-6)
+    # Order, repetition and prompt are nothing to it.
+    swapped = [group_of("q", "ab", "ba"), group_of("other", "abab", "aaab")]
+    (one, two), (three, four) = bag_scores(weights, swapped)
+    assert one == pytest.approx(two, abs=1e-6) == pytest.approx(three, abs=1e-6)
+    assert three == pytest.approx(four, abs=1e-6)
+
+
+def test_words_have_a_say_beside_the_network():
+    groups = [group_of(f"q{n}", f"{n} good" * (n % 3 + 1), f"{n} bad") for n in range(10)]
+    references = [tokens for group in groups for tokens in group.tokens]
+    weights = bag_of_words(groups, 263)
+    model = stirred()
+    of_network = score(model, references, pad=0)
+    add_words(model, weights, references, 0, share=0.5)
+    of_words = score(model, references, pad=0) - of_network
+    assert float(of_words.std()) == pytest.approx(0.5 * float(of_network.std()), rel=1e-3)
+    # The model reads the same words as the baseline does, behind the prompt and before the padding.
+    torch.testing.assert_close(
+        of_words, torch.tensor(sum(bag_scores(model.words, groups), [])), atol=1e-4, rtol=0
+    )
+    # Loud enough, they decide; silent, they change nothing.
+    add_words(model, weights, references, 0, share=100)
+    assert accuracy(judge(groups, score_groups(model, groups, pad=0))) == 1.0
+    add_words(model, weights, references, 0, share=0)
+    torch.testing.assert_close(score(model, references, pad=0), of_network)
+
+
+def test_averaging_weights():
+    one, two, three = stirred(0), stirred(1), stirred(2)
+    expected = {
+        name: (weight + dict(two.named_parameters())[name] + dict(three.named_parameters())[name])
+        / 3
+        for name, weight in one.named_parameters()
+    }
+    average_weights(one, [two, three])
+    for name, weight in one.named_parameters():
+        torch.testing.assert_close(weight, expected[name])
+    again = stirred(0)
+    average_weights(again, [])
+    assert torch.equal(score(again, texts(5), 0), score(stirred(0), texts(5), 0))
+    with pytest.raises(ConfigError, match="same chat model"):
+        average_weights(one, [stirred(0, replace(SHAPE, hidden=32))])
 
 
 # Learning
@@ -455,6 +501,19 @@ def test_the_command_trains_measures_and_writes(here):
     assert "is finished already" in run("--resume").output
 
 
+def test_several_models_may_answer(here):
+    shutil.copy("start.safetensors", "other.safetensors")
+    words = ["--sampler", "start", "--sampler", "other", "--samples", "3"]
+    result = run("--from", "start", *words, *QUICK)
+    assert result.exit_code == 0, result.output
+    lines = Path("runs/reward/on_policy.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = Counter(json.loads(line)["id"] for line in lines)
+    assert prompts and set(prompts.values()) == {2}
+    assert not Path("runs/reward/on_policy.tmp").exists()
+    lineage = read_info("runs/reward/reward.safetensors").lineage
+    assert lineage["sampler"] == "start.safetensors, other.safetensors"
+
+
 def test_the_judge_learns_from_other_prompts(here):
     for name, words in (("one", []), ("two", ["--judge"])):
         result = run("--from", "start", "--samples", "0", "--run", name, *words, *QUICK)
@@ -464,6 +523,21 @@ def test_the_judge_learns_from_other_prompts(here):
     counts = [info.lineage["data"]["corpus"]["prompts"] for info in infos]
     assert sum(counts) <= len(by_part(corpus_ranked())["train"])
     assert min(counts) > 800
+    # The next one may be averaged with the first, but never with the judge.
+    refused = run("--from", "start", "--average", "runs/two/reward.safetensors", *QUICK)
+    assert refused.exit_code == 2
+    assert "the half of the prompts named 'judge'" in " ".join(refused.stderr.split())
+    assert not Path("runs/reward").exists()
+    more = ["--average", "runs/one/reward.safetensors", "--set", "seed=1", "--run", "mean"]
+    result = run("--from", "start", "--samples", "0", *more, *QUICK)
+    assert result.exit_code == 0, result.output
+    info = read_info("runs/mean/reward.safetensors")
+    assert info.lineage["averaged_with"] == [file_sha256("runs/one/reward.safetensors")]
+    one, mean = (load_reward(f"runs/{name}/reward.safetensors")[0] for name in ("one", "mean"))
+    state = load_state(Path("runs/mean"))
+    assert state is not None
+    alone = state[0]["model/head.weight"]
+    torch.testing.assert_close(mean.head.weight, (one.head.weight + alone) / 2, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

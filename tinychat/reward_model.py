@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -45,12 +45,14 @@ class RewardModel(nn.Module):
     A linear head reads the last layer's vector at the reply's final token. `mean`, `deviation` and
     `length_slope` turn its raw number into a mark that is 0 for an average good reply, 1 for one
     a standard deviation better, and doesn't grow with length alone; `normalize` sets them.
+    `words` is a second opinion, a weight for each token `[V]`; `add_words` sets it.
     `opener` is the token `<|assistant|>`, behind which the reply begins.
     """
 
     mean: Tensor
     deviation: Tensor
     length_slope: Tensor
+    words: Tensor
 
     def __init__(self, gpt: GPT, opener: int = 6):
         super().__init__()
@@ -62,6 +64,7 @@ class RewardModel(nn.Module):
         self.register_buffer("mean", torch.tensor(0.0))
         self.register_buffer("deviation", torch.tensor(1.0))
         self.register_buffer("length_slope", torch.tensor(0.0))
+        self.register_buffer("words", torch.zeros(gpt.config.vocab_size))
         self.to(gpt.device)
 
     @property
@@ -81,15 +84,27 @@ class RewardModel(nn.Module):
         h_BTD = self.gpt.hidden(ids_BT, segments_BT=segments_BT)
         h_BD = h_BTD[torch.arange(B, device=h_BTD.device), last_B].float()
         with torch.autocast(h_BD.device.type, enabled=False):  # marks are compared finely
-            raw_B = self.head(h_BD)[:, 0]
+            raw_B = self.head(h_BD)[:, 0] + self.word_marks(ids_BT, last_B)
         raw_B = raw_B - self.length_slope * self.log_lengths(ids_BT, last_B)
         return (raw_B - self.mean) / self.deviation
 
+    def in_reply(self, ids_BT: Tensor, last_B: Tensor) -> Tensor:
+        """Return True on the reply's tokens, `[B, T]`: behind the last opener, up to `last_B`."""
+        places_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        so_far_BT = places_T <= last_B[:, None]
+        opener_B = ((ids_BT == self.opener) & so_far_BT).mul(places_T).amax(dim=1)
+        return so_far_BT & (places_T > opener_B[:, None])
+
     def log_lengths(self, ids_BT: Tensor, last_B: Tensor) -> Tensor:
         """Return ln(1 + tokens of the reply) of each row, `[B]`."""
-        places_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        opens_BT = (ids_BT == self.opener) & (places_T <= last_B[:, None])
-        return (last_B - (opens_BT * places_T).amax(dim=1)).float().log1p()
+        return self.in_reply(ids_BT, last_B).sum(dim=1).float().log1p()
+
+    def word_marks(self, ids_BT: Tensor, last_B: Tensor) -> Tensor:
+        """Return what the words of each reply say by themselves, `[B]`, as `bag_scores` does."""
+        reply_BT = self.in_reply(ids_BT, last_B)
+        has_BV = self.words.new_zeros(len(ids_BT), len(self.words))
+        has_BV.scatter_reduce_(1, ids_BT, reply_BT.to(has_BV.dtype), "amax")
+        return has_BV @ self.words / has_BV.sum(dim=1).clamp(min=1).sqrt()
 
 
 def right_padded(token_lists: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -241,16 +256,16 @@ def length_correlation(groups: Sequence[Group], marks: Sequence[Sequence[float]]
 def bag_of_words(
     groups: Sequence[Group], vocab_size: int, *, decay: float = 3e-3, steps: int = 200
 ) -> Tensor:
-    """Return a weight for each token `[V]`: the best that counting words can do (a baseline).
+    """Return a weight for each token `[V]`: the best that words alone can do (a baseline).
 
-    Logistic regression on the counts of the reply's tokens. It sees no order and no prompt.
+    Logistic regression on which tokens a reply has. It sees no order and no prompt.
     """
     batch = collate(groups, pad=0)
     weight_V = torch.zeros(vocab_size, requires_grad=True)
     optimizer = torch.optim.Adam([weight_V], lr=0.02)
-    tokens, rows = reply_tokens(groups)
+    bags = Bags.of(groups)
     for _ in range(steps):
-        scores_N = torch.zeros(len(batch.ids_BT)).index_add(0, rows, weight_V[tokens])
+        scores_N = bags.scores(weight_V)
         loss = bradley_terry(scores_N, batch.better_P, batch.worse_P, batch.share_P)
         (loss + decay * weight_V.square().sum()).backward()
         optimizer.step()
@@ -258,19 +273,32 @@ def bag_of_words(
     return weight_V.detach()
 
 
-def reply_tokens(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-    """Return the tokens of all replies in one row, and the number of the reply of each."""
-    replies = [tokens[group.start :] for group in groups for tokens in group.tokens]
-    lengths = torch.tensor([len(reply) for reply in replies])
-    numbers = torch.arange(len(replies)).repeat_interleave(lengths)
-    return torch.tensor([token for reply in replies for token in reply]), numbers
+class Bags(NamedTuple):
+    """Which tokens the N replies of some groups have: M pairs of a token and a reply."""
+
+    tokens_M: Tensor
+    rows_M: Tensor
+    share_M: Tensor
+    "one over the root of the number of different tokens in the reply"
+    replies: int
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Self:
+        replies = [set(tokens[group.start :]) for group in groups for tokens in group.tokens]
+        sizes_N = torch.tensor([len(reply) for reply in replies])
+        rows_M = torch.arange(len(replies)).repeat_interleave(sizes_N)
+        tokens_M = torch.tensor([token for reply in replies for token in sorted(reply)])
+        return cls(tokens_M, rows_M, sizes_N.float().rsqrt()[rows_M], len(replies))
+
+    def scores(self, weight_V: Tensor) -> Tensor:
+        """Return the sum of each reply's weights over the root of their number, `[N]`."""
+        parts_M = weight_V[self.tokens_M] * self.share_M
+        return torch.zeros(self.replies).index_add(0, self.rows_M, parts_M)
 
 
 def bag_scores(weight_V: Tensor, groups: Sequence[Group]) -> list[list[float]]:
     """Return the baseline's mark of every reply, group by group."""
-    tokens, rows = reply_tokens(groups)
-    count = sum(len(group.tokens) for group in groups)
-    return regroup(torch.zeros(count).index_add(0, rows, weight_V[tokens]), groups)
+    return regroup(Bags.of(groups).scores(weight_V), groups)
 
 
 @dataclass(frozen=True)
@@ -295,6 +323,8 @@ class RewardConfig:
     "share of the steps, at the end, in which the rates fall to zero"
     clip: float = 1.0
     "largest norm of the whole gradient"
+    words: float = 0.6
+    "how loudly the word weights speak beside the network; 0 silences them"
     seed: int = 0
     "decides the head's first weights and the order of the prompts"
     precision: str = "auto"
@@ -309,12 +339,14 @@ class RewardConfig:
             raise ConfigError(f"epochs is {self.epochs}; it must be a number above 0.")
         if self.replies < 2:
             raise ConfigError(f"replies is {self.replies}; a comparison needs at least 2.")
+        if not 0 <= self.words < math.inf:
+            raise ConfigError(f"words is {self.words}; it must be 0 or a number above it.")
         self.loop()  # the loop refuses everything else that makes no sense
 
     def loop(self) -> TrainConfig:
         """The same settings for the parts of chapter 07's loop."""
         shared = asdict(self)
-        for name in ("epochs", "replies"):
+        for name in ("epochs", "replies", "words"):
             del shared[name]
         return TrainConfig(**shared, compiled=False)
 
@@ -434,6 +466,42 @@ def fit_reward(
     return Result(step, budget.steps, tokens, before + time.monotonic() - started, loss, {})
 
 
+def add_words(
+    model: RewardModel,
+    weight_V: Tensor,
+    references: Sequence[Sequence[int]],
+    pad: int,
+    *,
+    share: float = 0.6,
+) -> None:
+    """Let word weights `[V]` have a say in the mark, beside the network's.
+
+    Over `references`, good replies that were not trained on, their deviation becomes `share` times
+    the network's. Call `normalize` afterwards.
+    """
+    neutral(model)
+    model.words.zero_()
+    of_network_N = score(model, references, pad)
+    model.words.copy_(weight_V)
+    ids_BT, last_B = (t.to(model.device) for t in right_padded(references, pad))
+    of_words_N = model.word_marks(ids_BT, last_B)
+    model.words *= share * float(of_network_N.std()) / max(float(of_words_N.std()), 1e-6)
+
+
+def average_weights(model: RewardModel, others: Sequence[RewardModel]) -> None:
+    """Give `model` the mean of its own weights and those of `others` (Ramé et al. 2024).
+
+    All must have begun with the same weights. Call `add_words` and `normalize` afterwards. Raises
+    ConfigError where the shapes differ.
+    """
+    sizes = {one.gpt.config for one in (model, *others)}
+    if len(sizes) > 1:
+        raise ConfigError("Only reward models that began with the same chat model can be averaged.")
+    with torch.no_grad():
+        for weight, *theirs in zip(*(one.parameters() for one in (model, *others)), strict=True):
+            weight.copy_(torch.stack([weight, *(t.to(weight) for t in theirs)]).mean(dim=0))
+
+
 def normalize(
     model: RewardModel, references: Sequence[Sequence[int]], pad: int, *, cure_length: bool = True
 ) -> None:
@@ -466,9 +534,10 @@ def save_reward(
     metrics: Mapping[str, Any],
     quantize: Literal["int8", "bf16", "fp32"] = "int8",
 ) -> CheckpointInfo:
-    """Write a checkpoint of the stage "reward": the GPT's weights and two more tensors."""
+    """Write a checkpoint of the stage "reward": the GPT's weights and three more tensors."""
     extra = {
         "reward.head": model.head.weight[0],  # a vector, so that it stays float32 in int8 files
+        "reward.words": model.words,
         "reward.numbers": torch.stack([model.mean, model.deviation, model.length_slope]),
     }
     return checkpoint.save(
@@ -498,12 +567,16 @@ def load_reward(path: str | Path) -> tuple[RewardModel, Tokenizer, CheckpointInf
     state = dict(loaded.state)
     head_D = state.pop("reward.head", torch.empty(0))
     numbers = state.pop("reward.numbers", torch.empty(0))
-    if head_D.shape != (info.config["width"],) or numbers.shape != (3,) or not numbers[1] > 0:
+    words_V = state.pop("reward.words", torch.empty(0))
+    shapes = head_D.shape, words_V.shape
+    wanted = (info.config["width"],), (info.config["vocab_size"],)
+    if shapes != wanted or numbers.shape != (3,) or not numbers[1] > 0:
         raise CheckpointError(
             f"{path}: the reward model's head is missing or misshapen; "
             "get or train the checkpoint again."
         )
-    rest = replace(info, parameters=info.parameters - head_D.numel() - numbers.numel())
+    extra = sum(tensor.numel() for tensor in (head_D, numbers, words_V))
+    rest = replace(info, parameters=info.parameters - extra)
     gpt, tokenizer = build_model(Checkpoint(rest, state, loaded.tokenizer))
     model = RewardModel(gpt, tokenizer.assistant_id)
     with torch.no_grad():
@@ -512,4 +585,5 @@ def load_reward(path: str | Path) -> tuple[RewardModel, Tokenizer, CheckpointInf
         (model.mean, model.deviation, model.length_slope), numbers, strict=True
     ):
         buffer.copy_(value)
+    model.words.copy_(words_V)
     return model.eval(), tokenizer, info

@@ -1,4 +1,4 @@
-"""How good a reward model is: on replies that it never saw, beside what counting words reaches."""
+"""How good a reward model is: on replies that it never saw, beside what words alone reach."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from tinychat.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tinychat.data.groups import Group
     from tinychat.data.preferences import Rated
     from tinychat.reward_model import RewardModel
@@ -18,17 +20,16 @@ RATED = 400  # replies with a poor mark, and with an excellent one
 
 def report(
     model: RewardModel,
-    train: Sequence[Group],
+    words: Tensor,
     held_out: Sequence[Group],
     pieces: Tokenizer,
     rated: Sequence[Rated],
 ) -> dict[str, Any]:
-    """Held-out accuracy by source and by flaw beside that of counting words, and more."""
+    """Held-out accuracy by source and flaw, beside that of word weights `[V]` alone, and more."""
     from tinychat.data.split import split_of
     from tinychat.reward_model import (
         accuracy,
         accuracy_by,
-        bag_of_words,
         bag_scores,
         calibration,
         judge,
@@ -36,15 +37,20 @@ def report(
         score_groups,
     )
 
-    words = bag_of_words(train, pieces.vocab_size, decay=1e-2)
     marks, counted = score_groups(model, held_out, pieces.pad_id), bag_scores(words, held_out)
-    by_model, by_words = judge(held_out, marks), judge(held_out, counted)
+    by_model, by_bag = judge(held_out, marks), judge(held_out, counted)
     own = [n for n, group in enumerate(held_out) if group.ranked.source == "corpus"]
     ours, theirs = [held_out[n] for n in own], [marks[n] for n in own]
     judged, baseline = judge(ours, theirs), judge(ours, [counted[n] for n in own])
+    deviation = float(model.deviation)
+    by_words = bag_scores(model.words.cpu(), ours)
+    network = [
+        [mark - part / deviation for mark, part in zip(one, its, strict=True)]
+        for one, its in zip(theirs, by_words, strict=True)
+    ]
 
     def beside(model: dict[str, tuple[float, int]], words: dict[str, tuple[float, int]]) -> Any:
-        """Under each name: share right, number of pairs, share right by counting words."""
+        """Under each name: share right, number of pairs, share right by words alone."""
         return {
             name: [round(share, 4), count, round(words[name][0], 4)]
             for name, (share, count) in model.items()
@@ -54,9 +60,9 @@ def report(
         here = [n for n, group in enumerate(ours) if split_of(group.ranked.id) == part]
         return accuracy(judge([ours[n] for n in here], [theirs[n] for n in here]))
 
-    deviation = float(model.deviation)
     return {
         "accuracy": accuracy(judged),
+        "accuracy_network": accuracy(judge(ours, network)),
         "baseline": accuracy(baseline),
         "pairs": len(judged),
         "accuracy_validation": on("validation"),
@@ -67,7 +73,7 @@ def report(
         ),
         "by_source": beside(
             accuracy_by(by_model, lambda pair: pair.source),
-            accuracy_by(by_words, lambda pair: pair.source),
+            accuracy_by(by_bag, lambda pair: pair.source),
         ),
         "calibration": calibration(pair.margin * deviation for pair in judged),
         "length_correlation": length_correlation(ours, theirs),
@@ -108,6 +114,7 @@ def print_report(metrics: dict[str, Any]) -> None:
     lines |= {name: line for name, line in metrics["by_source"].items() if name != "corpus"}
     for name, (share, count, words) in lines.items():
         print(f"{name:30} {count:5} {share:6.1%} {words:6.1%}")
+    print(f"The network without its word weights: {metrics['accuracy_network']:.1%} of our corpus")
     print(f"Correlation of mark and length: {metrics['length_correlation']:+.2f}")
     if metrics["ratings"]:
         share, good, poor = metrics["ratings"]

@@ -144,6 +144,34 @@ def corpus_ranked() -> list[Ranked]:
     ]
 
 
+def corpus_answered() -> list[Ranked]:
+    """Return every prompt of the embedded corpus with its written reply alone: no pairs yet."""
+    return [
+        Ranked(one.messages[:-1], (Reply(one.messages[-1].content, 0),), "corpus", one.id)
+        for one in dialogues()
+    ]
+
+
+def mismatched(groups: Sequence[Ranked], count: int = 2) -> list[Ranked]:
+    """Rank each prompt's best reply above the best ones of `count` other prompts.
+
+    Every reply is as often the better as the worse one, so that nothing but the prompt can tell:
+    whoever ranks them must have read it (Henderson et al. 2017 train a whole ranker of replies on
+    such pairs). Give groups of one part of the split, and of one half.
+    """
+    order = sorted(groups, key=lambda group: _digest("mismatch", group.id))
+    found = []
+    for place, group in enumerate(order):
+        best = group.replies[0].text
+        others = [order[(place + step) % len(order)] for step in range(1, count + 1)]
+        texts = [other.replies[0].text for other in others]
+        worse = tuple(Reply(text, 1, "offtopic") for text in texts if text != best)
+        if worse:
+            replies = (Reply(best, 0), *worse)
+            found.append(Ranked(group.prompt, replies, "mismatch", group.id, group.weight))
+    return found
+
+
 def public_ranked(folder: Path, names: Iterable[str] = tuple(PUBLIC)) -> list[Ranked]:
     """Return the ranked replies of the public files, capped as `PUBLIC` says; raises DataError.
 
