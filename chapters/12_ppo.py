@@ -27,6 +27,9 @@
 # 5. a box of switches with which you **break** each detail and watch what happens;
 # 6. a reward with a hole, and a model that finds it;
 # 7. your own chatbot.
+#
+# **What you need:** chapters 08 (drawing replies), 10 (the model to begin with) and 11 (the marks).
+# The code takes about two minutes; reading it, an hour and a half.
 
 # %% tags=["export"]
 import copy
@@ -101,6 +104,20 @@ print(wanted([[2], [2]], [[5, 9, 5, END], [5] * 8 + [END]]))
 # for each. PPO needs to know nothing else about it. It may count tokens, run a reward model, or ask
 # a person.
 #
+# Reinforcement learning has words of its own. Here they are, once for all:
+#
+# | word | what it means here |
+# | --- | --- |
+# | **policy** | the model that is trained; it acts by choosing a token |
+# | **reference** | the frozen model that it began as |
+# | **episode** | a prompt with a whole reply to it |
+# | **rollout** | the episodes of one step, with all that the update must know of them |
+# | **score** | the mark of a whole reply, from the reward function |
+# | **reward** | what a single token earns; the score lands on one of them |
+# | **return** | all rewards from a token on, added up |
+# | **value** | the return that is expected before a token is chosen |
+# | **advantage** | how much better it came than expected |
+#
 # ## Throwing the dice
 #
 # First the model must talk. Chapter 08 has a fine `generate_batch`, but here we need something from
@@ -113,6 +130,9 @@ print(wanted([[2], [2]], [[5, 9, 5, END], [5] * 8 + [END]]))
 # from step to step with what the filter removes. So draw from the **whole** softmax. A temperature
 # is allowed, since dividing by it can be repeated exactly. It must then stand in every log-prob: the
 # old ones, the new ones and the reference's.
+#
+# All settings stand in one dataclass again. Most of its lines will mean something to you only further
+# down, where they are used; come back then.
 
 
 # %% tags=["export"]
@@ -330,9 +350,14 @@ print(f"mean mark of {len(replies)} replies: {wanted(PROMPTS, replies).mean():.3
 # grows, *in proportion to its mark*. Replies with a high mark are pushed up strongly, poor ones
 # hardly. It is plain supervised learning on the model's own replies, each weighted by its mark.
 #
-# Why does that raise the expected mark? The gradient of the expectation, sum of p(reply) x mark, is
-# the expectation of mark x gradient of log p(reply). So drawing and averaging gives the right
-# direction, whatever the mark is made of. You never differentiate the mark itself.
+# Why does that raise the expected mark? Write $p(y)$ for the probability of the reply $y$ and $r(y)$
+# for its mark. The slope of a logarithm is the slope divided by the value, so
+# $\nabla p = p \, \nabla \log p$, and
+#
+# $$\nabla \sum_y p(y) \, r(y) = \sum_y p(y) \, r(y) \, \nabla \log p(y).$$
+#
+# On the right stands a mean over replies that the model itself draws. So drawing and averaging gives
+# the right direction, whatever the mark is made of. You never differentiate the mark itself.
 #
 # Two small functions read the model's log-probs for given replies. They compute scores only where a
 # reply token stands, since the vocabulary is the largest matrix of a small model, and its softmax
@@ -451,12 +476,14 @@ for baseline in (False, True):
 # second line subtracts the mean mark. Now the better half goes up and the worse half goes down.
 #
 # The last column compares eight gradients of one and the same model: 1 would mean that all point
-# the same way. The baseline is allowed because it doesn't depend on the reply: on average,
-# subtracting a constant changes nothing, and only the noise changes.
+# the same way. The baseline is allowed because it doesn't depend on the reply. Put a constant $b$ in
+# the place of $r(y)$ in the formula: the left side is the slope of $b$ times the sum of all
+# probabilities. That sum is always 1, so its slope is zero. On average nothing changes but the noise.
 #
 # A better baseline knows more. Half-way through a reply that is going well, the expected mark is
 # higher than at its start. A small network can learn that: the **value head**. And then each token
-# gets its own question: *after this token, do I expect more or less than before it?*
+# gets its own question: *after this token, do I expect more or less than before it?* The answer is its
+# **advantage**.
 #
 # ## Using a try twice: the ratio
 #
@@ -466,7 +493,10 @@ for baseline in (False, True):
 # the new model says a token twice as often, each time it was drawn counts for two.
 #
 # The ratio must not be trusted far. Raise a token's probability a hundredfold, and one lucky draw
-# decides everything. So PPO **clips**: beyond 1.2, or below 0.8, a token earns nothing more.
+# decides everything. So PPO **clips**: beyond 1.2, or below 0.8, a token earns nothing more. With the
+# ratio $\rho$, the advantage $A$ and the clip $\varepsilon = 0.2$, a token pays
+#
+# $$\min\big(\rho A, \; \text{clip}(\rho, 1 - \varepsilon, 1 + \varepsilon) \, A\big).$$
 
 
 # %% tags=["export"]
@@ -521,10 +551,10 @@ assert policy_loss(0.5 * one, -one, 0.2) == 0.8, "and its fall pays down to 0.8 
 # ### Steps 3 and 4: who said what, and what was expected
 #
 # The value head is a small network on top of the policy's own vectors. InstructGPT used a second
-# whole model for it. We share the trunk: that halves the work of the update. But shared weights
-# let the value loss pull at the policy, and then a coefficient has to balance the two. So our value
-# head *reads* the trunk, and its gradient stops there. Nothing is to be balanced. The price: its
-# guesses are as good as the policy's vectors allow, and no better.
+# whole model for it, which began as a copy of the reward model. We share the trunk: that halves the
+# work of the update. But shared weights let the value loss pull at the policy, and then a coefficient
+# has to balance the two. So our value head *reads* the trunk, and its gradient stops there. Nothing
+# is to be balanced. The price: its guesses are as good as the policy's vectors allow, and no better.
 
 
 # %% tags=["export"]
@@ -573,6 +603,14 @@ class ActorCritic(nn.Module):
 #
 # The score itself is one number for the whole reply. It lands on the *last* token, the one that ends
 # the reply. One place too early or too late, and the end is praised or blamed for another's deed.
+#
+# And a reply that doesn't end by itself? The reward model has hardly seen such ones and may like them.
+# So they pay a fixed `end_penalty` (Ziegler et al. 2019 gave them a fixed low score), and the policy
+# learns to finish.
+#
+# Some recipes put the KL not into the rewards but into the loss, beside the clipped part (GRPO and
+# minimind do). Then each token pays for its own distance only. In the reward, a token also pays, by
+# way of the returns, for where it *leads*.
 
 
 # %% tags=["export"]
@@ -619,9 +657,17 @@ torch.testing.assert_close(rewards_BT, torch.tensor([[0, -0.1, 3.0, 0], [0, 0, 0
 # `reward + value after - value before`, the *surprise*.
 #
 # Trust the value head fully, and a token's advantage is its own surprise alone. Don't trust it at
-# all, and the advantage is everything that came after, minus the value before. **GAE** (Schulman et
-# al. 2016) mixes: later surprises count, each step away by a factor lambda less. We take 0.95, so
-# mostly what was seen.
+# all, and the advantage is everything that came after, minus the value before. **GAE** (generalised
+# advantage estimation, Schulman et al. 2016) mixes: later surprises count, each step away by a factor
+# lambda less. With the surprises $\delta_t$,
+#
+# $$A_t = \delta_t + \gamma \lambda \delta_{t+1} + (\gamma \lambda)^2 \delta_{t+2} + \dots$$
+#
+# $$\delta_t = r_t + \gamma V_{t+1} - V_t$$
+#
+# We take $\lambda = 0.95$, so mostly what was seen. The **discount** $\gamma$ makes later rewards worth
+# less, for endless games. A reply is short, and its end counts as much as its beginning: $\gamma = 1$.
+# The sum looks long, but from the last token backwards each $A_t$ needs only the one after it.
 
 
 # %% tags=["export"]
@@ -674,6 +720,11 @@ def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
 # The value head learns the returns. Its steps are clipped like the policy's: it may not leave its old
 # guess by more than a fixed distance within one update. (Huang et al. 2024 list it among the
 # details of the original code. Whether it helps is open; below you can switch it off.)
+#
+# Both losses go through the rollout a few times (`epochs`), in small groups of episodes
+# (`minibatch`), and each group makes one step of the optimizer. If the policy has moved too far from
+# the one that spoke, the rest of the epochs is left out (`kl_stop`): its tries are no longer worth
+# much.
 
 
 # %% tags=["export"]
@@ -714,6 +765,10 @@ for kl in (0.5, 3.0, 12.0, 30.0, 6.0):
     print(f"{kl:4.1f} nats a reply, wanted 6: beta {before:.4f} -> {controller.beta:.4f}")
 
 # %% [markdown]
+# Look at the first two lines. At the start of a run the policy is still near home, so beta *sinks*, and
+# when the policy sets out, the price is low. In a long run that is made up for. In our short ones it gave
+# the policy a running start (the lab notes tell of it), so `beta` is fixed unless you ask.
+#
 # ### Steps 1 to 5 together
 #
 # What one batch of episodes is, and how it is collected:
@@ -961,7 +1016,9 @@ def summary(rollout: Rollout) -> dict[str, float]:
 # be saved.
 #
 # The optimizer is AdamW alone. Muon, which trained our base, makes all directions of a step equally
-# strong. With the noisy gradients of PPO, it would amplify the noise.
+# strong. With the noisy gradients of PPO, it would amplify the noise. AdamW has the same weakness in
+# small: it divides by the size of past gradients, so a weight that hardly ever gets one takes a large
+# step on the first small noise. A larger `eps` in the divisor keeps it still (Huang et al. 2024).
 
 
 # %% tags=["export"]
@@ -1017,6 +1074,7 @@ def train_ppo(
     end: int,
     pad: int,
     minutes: float = 0.0,
+    judge: RewardFunction | None = None,
     resume: bool = False,
     on_step: Callable[[PPOProgress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -1024,7 +1082,9 @@ def train_ppo(
     """Train `policy` in place to score higher, and keep the run's state in `folder`.
 
     A reply ends at a token of `stop`; only `end` among them counts as ending by itself. As many
-    steps as `config.steps` or fit into `minutes`. A run killed at any moment and called again with
+    steps as `config.steps` or fit into `minutes`. The `judge` only looks on: its mean mark of each
+    step stands in the metrics, and where it falls while the score climbs, the policy has found a
+    hole in the reward (Gao et al. 2023). A run killed at any moment and called again with
     `resume=True` goes on from its last saved state, to the same numbers. Raises ConfigError when
     `folder` holds another run, DataError without prompts.
     """
@@ -1055,10 +1115,13 @@ def train_ppo(
     def spent() -> float:
         return time.monotonic() - started
 
-    def rollout_of(step: int, generator: torch.Generator) -> Rollout:
+    def prompts_at(step: int) -> list[list[int]]:
         numbers = prompts_of_step(len(prompts), config.episodes, step, config.seed)
+        return [prompts[n] for n in numbers]
+
+    def rollout_of(step: int, generator: torch.Generator) -> Rollout:
         return collect(
-            policy, reference, [prompts[n] for n in numbers], reward, config,
+            policy, reference, prompts_at(step), reward, config,
             beta=controller.beta, stop=stop, end=end, pad=pad, generator=generator,
         )  # fmt: skip
 
@@ -1093,6 +1156,8 @@ def train_ppo(
             rollout = rollout_of(step, generator)
             learned = update(policy, optimizer, rollout, config, generator)
             metrics = summary(rollout) | learned | {"beta": controller.beta, "lr": factor}
+            if judge is not None:
+                metrics["judge"] = float(judge(prompts_at(step), rollout.replies).mean())
             # 9. steer beta
             controller.update(metrics["kl"])
             step += 1
@@ -1159,6 +1224,37 @@ assert abs(good[0]["ratio_first"] - 1) < 1e-5
 
 # %% [markdown]
 # Nobody told the model what the wanted token is, nor that a reply should end. It found both by trying.
+# This is the instrument panel of a run. Get used to reading it as a whole: a mark that climbs is good
+# news only if you can explain what the other needles do.
+
+
+# %%
+# alt: Six curves of the toy run: the mark, shares of ended and clipped, length, entropy and KL.
+def draw_dashboard(plt):
+    figure, axes = plt.subplots(2, 3, figsize=(9, 4.5), sharex=True)
+    panels: dict[str, Callable[[dict[str, float]], float]] = {
+        "mark (1 is the best)": net,
+        "share that ends by itself": lambda row: row["ended"],
+        "tokens a reply": lambda row: row["length"],
+        "entropy, nats a token": lambda row: row["entropy"],
+        "KL to the reference, nats a reply": lambda row: row["kl"],
+        "share of clipped ratios": lambda row: row["clip_fraction"],
+    }
+    for axis, (title, key) in zip(axes.flat, panels.items(), strict=True):
+        axis.plot(range(1, len(good) + 1), [key(row) for row in good])
+        axis.set_title(title, fontsize=9, loc="left")
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    return figure
+
+
+picture("12_dashboard", draw_dashboard)
+
+# %% [markdown]
+# In a full run, the needles tell a story. First the policy learns to end early: short replies save the
+# penalty, and that is quickly found. Then it finds that longer ones hold more of the wanted token, and
+# for a while fewer of them end. At last it can do both. Meanwhile the entropy falls, for the policy
+# makes up its mind, and the KL grows: that is what learning costs.
 #
 # ## An estimate that fails
 #
@@ -1360,6 +1456,11 @@ for beta, curve_of in hacked.items():
 # What helps? A higher beta stops the policy earlier. So does stopping in time. Both need somebody
 # who looks at the truth: another judge, kept out of the training, or people.
 #
+# Here are the real runs of our lab notes, with a chat model and a reward model of ours. Drag the step
+# along the run, then drag beta: how far would the run have gone if each nat had cost that much?
+#
+# <!-- widget: ppo -->
+#
 # ## Best of n
 #
 # There is a way to raise marks without training anything: draw n replies, keep the best one. It costs
@@ -1549,20 +1650,6 @@ print(f"of all prompts that it learns from, yours are {VOTES / (VOTES + len(othe
 # Vote on, round by round, on replies of the model of that day. That is all that the large ones do, too,
 # with more people.
 #
-# ## What we left out
-#
-# - **A second trunk for the values.** Better guesses, at twice the cost.
-# - **Mixing in pretraining.** InstructGPT added some of the base's loss (PPO-ptx), against forgetting.
-# - **Methods without a value head.** RLOO (Ahmadian et al. 2024) and GRPO (Shao et al. 2024) draw
-#   several replies a prompt and take their mean as the baseline: exercise 2.
-# - **Methods without rollouts.** DPO (Rafailov et al. 2023) learns from ranked pairs directly.
-# - **Dropout.** Our models have none. Where there is some, it must be off, or the first ratio isn't one.
-#
-# ## Where this is in the package
-#
-# Everything tagged `export` here is `tinychat/ppo.py`. `tinychat train ppo --from sft.safetensors
-# --reward reward.safetensors` calls `train_ppo`, and reports on held-out prompts before and after.
-#
 # ## Exercises
 #
 # **1. The two ends of lambda.** Show with random numbers that GAE with lambda 1 is "all that came,
@@ -1581,7 +1668,11 @@ torch.testing.assert_close(trusted_BT, rewards_BT + next_BT - values_BT)
 
 # %% [markdown]
 # **2. No value head.** Draw k replies to each prompt. The baseline of each is the mean of the *other*
-# k - 1 (Ahmadian et al. 2024). Write `leave_one_out(scores_PK)`. Why the others, and not all k?
+# k - 1 (RLOO, Ahmadian et al. 2024). Write `leave_one_out(scores_PK)`. Why the others, and not all k?
+# Then train the toy with it: REINFORCE, four replies to each of 16 prompts a step, as many steps as
+# PPO had. Which of the two learns more from the same number of replies? What becomes of a group whose
+# replies all have the same mark? (GRPO, Shao et al. 2024, takes all k, divides by their deviation, and
+# clips as PPO does.)
 
 
 # %% tags=["solution"]
@@ -1595,6 +1686,37 @@ torch.testing.assert_close(
 )
 # A baseline may not depend on the reply that it judges. The mean of all k does: a part of each
 # reply's own score would be subtracted from itself.
+
+
+def in_groups(steps: int, k: int = 4) -> list[float]:
+    """REINFORCE with k replies a prompt and no value head; returns the mark of each step."""
+    gpt, dice, marks = toy_gpt(), make_generator(1, CPU), []
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=TOY.lr, weight_decay=0.0)
+    each = len(PROMPTS) // k
+    for step in range(steps):
+        first = step * each % len(PROMPTS)
+        asked_k = [prompt for prompt in PROMPTS[first : first + each] for _ in range(k)]
+        replies, _ = sample_replies(gpt, asked_k, TOY, **speaker, generator=dice)
+        marks_B = wanted(asked_k, replies) - 0.5 * torch.tensor([r[-1] != END for r in replies])
+        weight_B = leave_one_out(marks_B.view(each, k)).flatten()
+        tokens_BT, segments_BT, mask_BT = lay_out(asked_k, replies, PAD, CPU)
+        logprobs_N, _ = reply_logprobs(gpt, tokens_BT, segments_BT, mask_BT, TOY)
+        logprobs_BT = torch.zeros(mask_BT.shape).masked_scatter(mask_BT, logprobs_N)
+        (-(weight_B * logprobs_BT.sum(1)).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        marks.append(float(marks_B.mean()))
+    return marks
+
+
+in_steps = in_groups(TOY.steps)
+for name, curve_of in (("PPO", [net(row) for row in good]), ("in groups", in_steps)):
+    print(f"{name:>10}: " + "  ".join(f"{m:5.2f}" for m in curve_of[:: max(1, len(curve_of) // 8)]))
+assert FAST or in_steps[-1] > in_steps[0] + 0.3
+# One optimizer step a batch against many: the ratio lets PPO use each reply several times. And a
+# group whose replies are all alike has only zeros for weights. A mark of 0.50 is just that trap:
+# every reply is full of the wanted token, none ends, and no difference is left to learn from. On the
+# other hand, nothing here has to learn what to expect, and half of the program is gone.
 
 # %% [markdown]
 # **3. Three estimates.** For two coins, one with 50 % heads and one with 60 %, compute the exact KL.
@@ -1612,18 +1734,98 @@ assert k3_N.std() < 0.2 * k1_N.std() and (k3_N >= 0).all()
 assert abs(float(k3_N.mean()) - exact) < 0.002
 
 # %% [markdown]
+# **4. Without rollouts.** Which policy would be the best of all, if a nat of KL costs $\beta$? For each
+# reply, marks pull up and distance holds back, and the balance is
+#
+# $$\pi^*(y) \propto \pi_{\text{ref}}(y) \, e^{r(y)/\beta}$$
+#
+# Solve it for the reward, and you can read it backwards: every policy is the best one for *some*
+# reward, this one.
+#
+# $$r(y) = \beta \log \frac{\pi^*(y)}{\pi_{\text{ref}}(y)} + \text{a constant}$$
+#
+# Rafailov et al. (2023) put that reward into the Bradley-Terry loss of chapter 11, where the constant
+# falls out, and train the policy on ranked pairs directly: **direct preference optimization**, DPO. No
+# reward model, no rollouts, no value head.
+#
+# Write `dpo_loss(better_N, worse_N, ref_better_N, ref_worse_N, beta)` from the log-probs of whole
+# replies. Then check the claim in a world of three replies: minimise the loss over all pairs, each
+# weighted by how often it would be ranked so, and compare with the formula.
+
+
+# %% tags=["solution"]
+def dpo_loss(
+    better_N: Tensor, worse_N: Tensor, ref_better_N: Tensor, ref_worse_N: Tensor, beta: float
+) -> Tensor:
+    """The surprise that the better one won, a loss for each pair."""
+    hidden_reward_N = beta * ((better_N - ref_better_N) - (worse_N - ref_worse_N))
+    return -nn.functional.logsigmoid(hidden_reward_N)
+
+
+ref_3, reward_3, price = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.0, 1.0, 2.0]), 0.5
+best_3 = (ref_3.log() + reward_3 / price).softmax(0)
+pairs_M2 = torch.tensor(list(itertools.permutations(range(3), 2)))
+better_M, worse_M = pairs_M2.T
+share_M = (reward_3[better_M] - reward_3[worse_M]).sigmoid()  # how often people rank them so
+logits_3 = ref_3.log().clone().requires_grad_()
+optimizer = torch.optim.Adam([logits_3], lr=0.05)
+for _ in range(800):
+    p_3 = logits_3.log_softmax(0)
+    sides = (p_3[better_M], p_3[worse_M], ref_3.log()[better_M], ref_3.log()[worse_M])
+    (share_M * dpo_loss(*sides, price)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+found_3 = logits_3.softmax(0).detach()
+for name, some_3 in (("reference", ref_3), ("formula", best_3), ("by DPO", found_3)):
+    print(f"{name:>10}: " + "  ".join(f"{share:.3f}" for share in some_3.tolist()))
+torch.testing.assert_close(found_3, best_3, atol=2e-3, rtol=0)
+# The same goal as PPO's. But pairs are ranked once, and the policy moves on: DPO never hears what
+# people think of its new replies, and PPO asks (a model of) them at every step.
+
+# %% [markdown]
 # ## Check yourself
 #
-# 1. *Why no top-p in the rollout?* Because the log-probs in the ratio must be those of the
-#    distribution that was drawn from.
-# 2. *The first ratio of a step is 1.3. What do you look for?* Another temperature, mask, place or
-#    kernel in one of the two readings; dropout; weights that changed in between.
-# 3. *The score rises and the KL is at forty nats. Are you happy?* No. Read the replies, and ask a judge
-#    that was not trained on.
-# 4. *Why does the score land on the last token?* Only the whole reply was judged. GAE carries it
-#    back to the tokens that earned it.
-# 5. *Why minimum, and not just the clipped ratio?* So that a token which went the wrong way is always
-#    pulled back.
+# 1. Why no top-p in the rollout?
+# 2. The first ratio of a step is 1.3. What do you look for?
+# 3. The score rises and the KL is at forty nats. Are you happy?
+# 4. Why does the score land on the last token?
+# 5. Why the minimum, and not just the clipped ratio?
+# 6. What does the value head do that a mean over other replies can't?
+#
+# <details markdown="1"><summary>Answers</summary>
+#
+# 1. The log-probs in the ratio must be those of the distribution that was drawn from.
+# 2. Another temperature, mask, place or kernel in one of the two readings; dropout; weights that
+#    changed in between.
+# 3. No. Read the replies, and ask a judge that was not trained on.
+# 4. Only the whole reply was judged. GAE carries it back to the tokens that earned it.
+# 5. So that a token which went the wrong way is always pulled back.
+# 6. It has an expectation in the middle of a reply, so it can tell which token made things better. And
+#    it needs one reply a prompt.
+#
+# </details>
+#
+# ## What we left out
+#
+# - **A second model for the values**, begun from the reward model. Better guesses, at twice the cost.
+# - **Mixing in pretraining.** InstructGPT added some of the base's loss (PPO-ptx), against forgetting.
+# - **Marks that can be checked.** Where an answer is right or wrong, as in sums or programs, a few lines
+#   of code are the reward, and no reward model can be fooled. nanochat trains on school sums so, with
+#   the groups of exercise 2 and no KL at all, and counts how often one of k tries is right (pass@k).
+#   Our chatbot has nothing to be right about.
+# - **Whitened rewards and capped scores.** TRL offers both, against marks of wild size. Our reward model
+#   has its yardstick (chapter 11), and the advantages are whitened anyway.
+# - **Entropy bonus.** Games pay the policy for hesitating, so that it goes on trying. Here the KL does
+#   that: the reference hesitates.
+# - **One model for two.** With adapters (LoRA), the reference is the policy with its adapter off.
+# - **Drawing and learning on different machines**, at the same time. Then the ratio must also make up
+#   for replies that are a few steps old, and for kernels that round differently.
+# - **Dropout.** Our models have none. Where there is some, it must be off, or the first ratio isn't one.
+#
+# ## Where this is in the package
+#
+# Everything tagged `export` here is `tinychat/ppo.py`. `tinychat train ppo --from sft.safetensors
+# --reward reward.safetensors` calls `train_ppo`, and reports on held-out prompts before and after.
 #
 # ## Sources
 #
@@ -1647,7 +1849,11 @@ assert abs(float(k3_N.mean()) - exact) < 0.002
 # - Y. Bai et al.: [Training a Helpful and Harmless Assistant with Reinforcement Learning from Human
 #   Feedback](https://arxiv.org/abs/2204.05862) (2022). Iterated RLHF.
 # - A. Ahmadian et al.: [Back to Basics](https://arxiv.org/abs/2402.14740) (2024). RLOO.
-# - Z. Shao et al.: *DeepSeekMath* (2024). GRPO.
-# - R. Rafailov et al.: *Direct Preference Optimization* (2023).
-# - J. Li et al.: *A Diversity-Promoting Objective Function for Neural Conversation Models* (2016).
+# - Z. Shao et al.: [DeepSeekMath](https://arxiv.org/abs/2402.03300) (2024). GRPO.
+# - R. Rafailov et al.: [Direct Preference Optimization](https://arxiv.org/abs/2305.18290) (2023).
+# - J. Li et al.: [A Diversity-Promoting Objective Function for Neural Conversation
+#   Models](https://arxiv.org/abs/1510.03055) (2016).
+# - A. Karpathy: [nanochat](https://github.com/karpathy/nanochat) (2025), `scripts/chat_rl.py`; J. Gong:
+#   [minimind](https://github.com/jingyaogong/minimind), `trainer/train_ppo.py`; Hugging Face:
+#   [TRL](https://github.com/huggingface/trl). Three other ways to write this chapter.
 #   Distinct-n.

@@ -27,6 +27,9 @@
 # 6. **Reading blind**, with your own eyes.
 # 7. **Helpful, honest, harmless**; made-up things; nice and mean instructions.
 # 8. A **report card** of whatever models you have.
+#
+# **What you need:** chapters 07 (bits per byte), 11 (the judge) and 12 (KL). From statistics, nothing:
+# what isn't clear is simulated. The code takes a minute or two; reading it, an hour.
 
 # %% tags=["export"]
 import math
@@ -38,6 +41,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tinychat.data.corpus import dialogues
 from tinychat.data.onpolicy import RULES
@@ -159,8 +163,8 @@ for name, gpt in models.items():
 # %% [markdown]
 # Three habits keep the number honest.
 #
-# - The texts come from a part that **no training step has seen**. Chapter 02 split all data by a hash
-#   before anything else was done, and that is why.
+# - The texts come from a part that **no training step has seen**. All data was divided by a hash of
+#   its names before anything else was done (chapter 03), and that is why.
 # - One number **for each source**. A model that learned to chat may tell worse stories, and an
 #   average would hide it.
 # - **The same texts** for every model, cut at the same place.
@@ -286,7 +290,7 @@ def answer_all(
 
 
 # %%
-SAMPLING = Sampling(temperature=0.8, top_p=0.95, max_tokens=MAX_TOKENS, seed=0)
+SAMPLING = Sampling(max_tokens=MAX_TOKENS, seed=0)
 answers = {name: answer_all(gpt, tokenizer, asked, SAMPLING) for name, gpt in models.items()}
 for number in range(2):
     print(f"> {asked[number][-1].content}")
@@ -321,8 +325,14 @@ for won, of in ((12, 20), (19, 20), (20, 20)):
 # %% [markdown]
 # More than 100 %? And after twenty wins out of twenty you would be *certain*? The mistake: the error
 # was computed as if the measured rate were the true one. Wilson (1927) asked the other way round.
-# *Which true rates would make what I saw no great surprise?* That gives a quadratic equation, and
-# its two solutions are the ends of the interval.
+# *Which true rates would make what I saw no great surprise?* Call the measured rate $m$ and the true
+# one $p$. A true rate makes its measurements spread by $\sqrt{p(1-p)/n}$. The most surprising rates
+# that we still allow are just $z = 1.96$ such spreads away:
+#
+# $$|m - p| = z \sqrt{\frac{p(1-p)}{n}}$$
+#
+# Take the square of both sides, and you have a quadratic equation for $p$. Its two solutions are the
+# ends of the interval.
 
 
 # %% tags=["export"]
@@ -861,6 +871,61 @@ assert max(map(abs, same)) < 1e-3, "no distance from oneself"
 # any policy can be set beside an n: did training do more than drawing a few replies and keeping the
 # best?
 #
+# To know what the best of n is worth, you needn't draw n replies again and again. Draw N once, and
+# average over *all* ways to take n of them. Sorted by the teacher's marks, the reply with i others
+# below it is the best of n where the n - 1 others all come from those i. So it is chosen with the
+# probability C(i, n - 1) / C(N, n) (Nakano et al. 2021).
+
+
+# %% tags=["export"]
+def best_of(n: int, teacher_PN: Tensor, others_PN: Tensor) -> list[float]:
+    """For each of P prompts the mean `others` mark of the best of n replies by the teacher's marks.
+
+    The mean over all choices of n among the N replies whose marks are given, `[P, N]`. Raises
+    ConfigError unless 1 <= n <= N.
+    """
+    N = teacher_PN.shape[1]
+    if not 1 <= n <= N:
+        raise ConfigError(f"The best of {n} among {N} replies is unknown; n goes from 1 to {N}.")
+    chance_N = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)])
+    in_order_PN = others_PN.gather(1, teacher_PN.argsort(dim=1))
+    return (in_order_PN * chance_N).sum(dim=1).tolist()
+
+
+# %%
+taught = load_reward(teacher_path) if teacher_path else None
+if taught and taught[1].sha256 == tokenizer.sha256:
+    several = amount(16, 8, 2)
+    few = prompt_ids[: amount(24, 12, 3)]
+    drawn = draw_replies(models[home], tokenizer, few * several, max_tokens=amount(48, 32, 6))
+    texts = [prompt + reply for prompt, reply in zip(few * several, drawn, strict=True)]
+    of_teacher_PN, of_judge_PN = (
+        score(one, texts, tokenizer.pad_id).view(several, len(few)).T for one in (taught[0], marker)
+    )
+    print(f"{home}: best of n by the teacher's marks, {len(few)} prompts")
+    print("  n  nats at most  teacher                judge")
+    for n in [2**power for power in range(several.bit_length())]:
+        teacher, other = (
+            bootstrap(best_of(n, of_teacher_PN, of_whom))
+            for of_whom in (of_teacher_PN, of_judge_PN)
+        )
+        nats_N = math.log(n) - (n - 1) / n
+        print(f"{n:3} {nats_N:13.2f}  {teacher.show('.2f'):22} {other.show('.2f')}")
+
+# %% [markdown]
+# The teacher's column must climb: that is what was chosen for. Whether the judge's column climbs with
+# it tells how much of the teacher's taste is real. `tinychat eval sft --judge judge --reward reward
+# --best-of 64` draws the whole curve, and `tinychat train ppo --judge judge` writes the judge's mark
+# of every step beside the teacher's, so that the two ways can be compared at equal distance.
+
+# %% tags=["test"]
+four_PN = torch.tensor([[3.0, 1.0, 2.0, 4.0]])
+other_PN = torch.tensor([[30.0, 10.0, 20.0, 0.0]])
+assert best_of(1, four_PN, other_PN) == [15.0] and best_of(4, four_PN, other_PN) == [0.0]
+# Of the six ways to take two, the best has mark 2 once, 3 twice, 4 three times.
+assert abs(best_of(2, four_PN, other_PN)[0] - (20 + 2 * 30 + 3 * 0) / 6) < 1e-5
+
+# %% [markdown]
 # ## Read for yourself
 #
 # All this was arithmetic. Now read. Fifty pairs take half an hour, and you will learn more from them
@@ -1098,33 +1163,11 @@ for missing in ("rlhf", "sft", "base"):
         print(f"no {missing} checkpoint was found: its column is left out")
 
 # %% [markdown]
-# ## What we left out
-#
-# - **People**, many and paid, with guidelines. Everything here is a stand-in for them.
-# - **Benchmarks**: thousands of school and trivia questions with known answers. A model of our size
-#   would score like a coin, and the questions of famous ones stand in many training texts by now.
-# - **Fluency by a stranger**: how surprised is *another* language model by the replies? `tinychat eval
-#   --fluency FILE` asks one, if you have it and the package `transformers`.
-# - **Red teams**: people who try hard to make the model say something bad. Our twenty harmless
-#   questions are not even a beginning.
-# - **Many tests at once.** Each 95 % interval misses in one of twenty. A report card with forty numbers
-#   has, on average, two that are off.
-#
-# ## Where this is in the package
-#
-# Everything tagged `export` here is `tinychat/evaluation.py`. The prompts come from
-# `tinychat/data/unseen.py`, the questions and their rules from `tinychat/data/probes.py`.
-#
-# ```
-# tinychat eval rlhf sft base --judge judge --out report.json
-# tinychat eval rlhf sft --pairs pairs.txt     # then read, and write your verdicts
-# tinychat eval --count pairs.txt
-# ```
-#
 # ## Exercises
 #
 # **1. How many pairs?** A model wins exactly 55 % of its pairs. Find the smallest number of pairs from
-# which Wilson's interval leaves 50 % behind. Compare with the rule of thumb n = (1.96 / (2 x 0.05))².
+# which Wilson's interval leaves 50 % behind. Compare with a rule of thumb: near one half, a rate
+# spreads by $1 / (2\sqrt{n})$, and 1.96 of that must be less than the lead of 0.05. Solve for n.
 
 # %% tags=["solution"]
 smallest = next(n for n in itertools.count(1) if wilson(0.55 * n, n).low > 0.5)
@@ -1156,7 +1199,8 @@ assert once < 0.1 < 0.2 < often, "decide how many pairs you read before you read
 # %% [markdown]
 # **3. Agreement beyond luck.** A reader and a judge agree in 80 % of pairs, and both choose the new
 # model in 90 % of them. Cohen's kappa (1960) asks how much of the agreement is left when you take
-# away what two dice with these habits would reach. Write `kappa(agreed, one, two)`.
+# away what two dice with these habits would reach, as a share of what could be left at most. Write
+# `kappa(agreed, one, two)`.
 
 
 # %% tags=["solution"]
@@ -1173,16 +1217,52 @@ assert kappa(0.8, 0.9, 0.9) < 0 < kappa(0.8, 0.5, 0.5) and kappa(1, 0.7, 0.7) ==
 # %% [markdown]
 # ## Check yourself
 #
-# 1. *The loss on unseen text fell. Is the chatbot better?* At modelling text, yes. Whether it answers
-#    better is not known yet.
-# 2. *Your model wins 60 % of 20 pairs. What do you do?* Collect more pairs. A coin does that often.
-# 3. *Why not ask the reward model that PPO used?* It praises its own mistakes, which the policy has
-#    learned.
-# 4. *The judge is right in only 70 % of pairs. Can a win rate of 65 % by it be luck?* Not if its interval
-#    is above 50 %. Wrong verdicts at random pull the rate towards 50 %, not away from it. Shared
-#    weaknesses of judge and teacher are another matter.
-# 5. *A model never invents anything. Is it honest?* Ask what it knows. Silence never invents.
-# 6. *Why are the sides tossed for each pair?* So that a liking for one side helps both models alike.
+# 1. The loss on unseen text fell. Is the chatbot better?
+# 2. Your model wins 60 % of 20 pairs. What do you do?
+# 3. Why not ask the reward model that PPO used?
+# 4. The judge is right in only 70 % of pairs. Can a win rate of 65 % by it be luck?
+# 5. A model never invents anything. Is it honest?
+# 6. Why are the sides tossed for each pair?
+#
+# <details markdown="1"><summary>Answers</summary>
+#
+# 1. At modelling text, yes. Whether it answers better is not known yet.
+# 2. Collect more pairs. A coin does that often.
+# 3. It praises its own mistakes, which the policy has learned.
+# 4. Not if its interval is above 50 %. Wrong verdicts at random pull the rate towards 50 %, not away
+#    from it. Shared weaknesses of judge and teacher are another matter.
+# 5. Ask what it knows. Silence never invents.
+# 6. So that a liking for one side helps both models alike.
+#
+# </details>
+#
+# ## What we left out
+#
+# - **People**, many and paid, with guidelines. Everything here is a stand-in for them.
+# - **Benchmarks**: thousands of school and trivia questions with known answers. A model of our size
+#   would score like a coin, and the questions of famous ones stand in many training texts by now.
+# - **Fluency by a stranger**: how surprised is *another* language model by the replies? `tinychat eval
+#   --fluency FILE` asks one, if you have it and the package `transformers`.
+# - **Red teams**: people who try hard to make the model say something bad. Our few harmless questions
+#   are not even a beginning.
+# - **Points from a chat model.** Instead of A or B, one can ask a large model for points from 0 to 100
+#   (the LLMs-from-scratch book does). The points drift with the wording; a comparison is steadier.
+# - **One of k.** For tasks that can be checked, count how often at least one of k tries is right
+#   (pass@k). It tells what more training could bring out.
+# - **Many tests at once.** Each 95 % interval misses in one of twenty. A report card with forty numbers
+#   has, on average, two that are off.
+#
+# ## Where this is in the package
+#
+# Everything tagged `export` here is `tinychat/evaluation.py`. The prompts come from
+# `tinychat/data/unseen.py`, the questions and their rules from `tinychat/data/probes.py`.
+#
+# ```
+# tinychat eval rlhf sft base --judge judge --out report.json
+# tinychat eval rlhf sft --pairs pairs.txt     # then read, and write your verdicts
+# tinychat eval --count pairs.txt
+# tinychat eval sft --judge judge --reward reward --best-of 64
+# ```
 #
 # ## Sources
 #
@@ -1203,6 +1283,8 @@ assert kappa(0.8, 0.9, 0.9) < 0 < kappa(0.8, 0.5, 0.5) and kappa(1, 0.7, 0.7) ==
 #   instruction.
 # - Y. Bai et al.: [Training a Helpful and Harmless Assistant with Reinforcement Learning from Human
 #   Feedback](https://arxiv.org/abs/2204.05862) (2022). A held-out half to test the reward model.
+# - R. Nakano et al.: [WebGPT](https://arxiv.org/abs/2112.09332) (2021). The best of n without drawing
+#   n again and again.
 # - S. Lin, J. Hilton, O. Evans: [TruthfulQA](https://arxiv.org/abs/2109.07958) (2022).
 # - L. Gao, J. Schulman, J. Hilton: [Scaling Laws for Reward Model
 #   Overoptimization](https://arxiv.org/abs/2210.10760) (2023).

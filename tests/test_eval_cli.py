@@ -114,6 +114,38 @@ def test_the_same_seed_gives_the_same_report_and_the_other_way_round_the_opposit
     assert pair["difference"][0] == pytest.approx(-back["difference"][0])
 
 
+def test_the_best_of_several(here):
+    options = ["--brief", *QUICK, "--out", "report.json", "--reward", "models/reward"]
+    result = run("models/sft", "--judge", "models/judge", *options, "--best-of", "6")
+    assert result.exit_code == 0, result.output
+    found = json.loads(Path("report.json").read_text())["best_of"]
+    assert (found["model"], found["reward"]["path"]) == ("sft", "models/reward.safetensors")
+    curve = found["curve"]
+    assert [row["n"] for row in curve] == [1, 2, 4, 6]
+    assert [row["kl"] for row in curve] == pytest.approx([0, 0.1931, 0.6363, 0.9584], abs=1e-4)
+    marks = [row["reward"][0] for row in curve]
+    assert marks == sorted(marks) and marks[0] < marks[-1], "it is what was chosen by"
+    assert all(0 < row["length"] < 5.001 for row in curve)
+    assert "best of n by models/reward.safetensors" in result.stdout
+    assert f"{curve[-1]['judge'][0]:.2f}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--best-of", "4"], "go together"),
+        (["--reward", "models/reward"], "go together"),
+        (["--reward", "models/reward", "--best-of", "1"], "--best-of is 1"),
+        (["--reward", "models/sft", "--best-of", "4"], "gives no marks"),
+        (["--reward", "models/judge", "--best-of", "4"], "can't choose and judge"),
+    ],
+)
+def test_nobody_can_choose(here, words, told):
+    result = run("models/sft", "--judge", "models/judge", *words, *QUICK)
+    assert result.exit_code == 2, result.output
+    assert told in said(result)
+
+
 def test_without_a_judge_nobody_wins(here):
     result = run(*BOTH, "--brief", *QUICK, "--out", "report.json", "--save-pairs", "all.jsonl")
     assert result.exit_code == 0, result.output

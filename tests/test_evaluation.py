@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from tinychat.evaluation import (
     Interval,
     WinRate,
     answer_all,
+    best_of,
     bits_per_byte,
     bootstrap,
     broken_rules,
@@ -262,6 +264,19 @@ def test_kl_estimates_the_true_divergence_of_one_token():
     replies = draw_replies(policy, TOKENIZER, many, max_tokens=1, rows=200)
     found = bootstrap(kl_nats(policy, reference, many, replies, pad=TOKENIZER.pad_id, rows=200))
     assert found.low - 0.05 < exact < found.high + 0.05 and exact > 0.1
+
+
+def test_the_best_of_n_is_the_mean_over_all_choices():
+    teacher_PN, judge_PN = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    for n in range(1, 7):
+        means = []
+        for teacher_N, judge_N in zip(teacher_PN, judge_PN, strict=True):
+            chosen = [max(some, key=teacher_N.__getitem__) for some in combinations(range(6), n)]
+            means.append(sum(float(judge_N[i]) for i in chosen) / len(chosen))
+        assert best_of(n, teacher_PN, judge_PN) == pytest.approx(means, abs=1e-5)
+    for n in (0, 7):
+        with pytest.raises(ConfigError, match=f"best of {n} among 6"):
+            best_of(n, teacher_PN, judge_PN)
 
 
 def test_surprise_of_a_document_and_of_replies_alone():

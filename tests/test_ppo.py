@@ -480,6 +480,19 @@ def test_stopped_or_killed_and_resumed_gives_the_same_numbers(tmp_path, killed):
     assert len(set(betas)) > 2, "beta is steered, and is taken up again"
 
 
+def test_a_judge_only_looks_on(tmp_path):
+    def judge(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
+        return torch.tensor([float(len(reply)) for reply in replies])
+
+    alone, _ = run(tmp_path / "alone")
+    watched, _ = run(tmp_path / "watched", judge=judge)
+    for one, other in zip(alone.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(one, other)
+    rows = rows_without_time(tmp_path / "watched")
+    assert [row["judge"] for row in rows] == pytest.approx([row["length"] for row in rows])
+    assert "judge" not in rows_without_time(tmp_path / "alone")[0]
+
+
 def test_a_used_folder_is_refused(tmp_path):
     run(tmp_path)
     with pytest.raises(ConfigError, match="already holds a run; add --resume"):
@@ -577,6 +590,8 @@ def here(tmp_path, monkeypatch) -> Path:
     save_model("sft.safetensors", GPT(shape), stage="sft", **common)
     save_model("base.safetensors", GPT(shape), stage="base", **common)
     save_reward("reward.safetensors", RewardModel(GPT(shape)), **common)
+    common["lineage"] = {"half": "judge"}
+    save_reward("judge.safetensors", RewardModel(GPT(shape)), **common)
     return tmp_path
 
 
@@ -611,9 +626,29 @@ def test_the_command_from_sft_and_reward_to_rlhf(here):
     assert again.exit_code == 0 and "is finished already" in again.stdout
 
 
+def test_a_judge_looks_on_and_is_no_teacher(here):
+    files = ["--from", "sft.safetensors", "--reward", "reward.safetensors"]
+    result = command(*files, *QUICK, "--judge", "judge.safetensors")
+    assert result.exit_code == 0, result.output
+    info = read_info("runs/ppo/rlhf.safetensors")
+    rows = read_metrics(Path("runs/ppo/metrics.jsonl"))
+    assert info.metrics["curve"][0] == pytest.approx(
+        [1, rows[0]["score"], rows[0]["kl"], rows[0]["judge"]], abs=1e-3
+    )
+    assert info.metrics["before"]["judge"] != info.metrics["before"]["score"]
+    assert re.search(r"^ +judge +-?\d", result.stdout, re.MULTILINE)
+    assert info.lineage["reward_sha256"] == file_sha256("reward.safetensors")
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (["--minutes", "1", "--judge", "reward.safetensors"], "is no judge"),
+        (["--minutes", "1", "--judge", "sft.safetensors"], "gives no marks"),
+        (
+            ["--minutes", "1", "--reward", "judge.safetensors", "--judge", "judge.safetensors"],
+            "gives the rewards already",
+        ),
         (["--from", "base.safetensors", "--minutes", "1"], "is a base model"),
         (["--minutes", "0"], "--minutes is 0"),
         ([], "How long? Give a budget"),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tinychat.data.corpus import dialogues
 from tinychat.data.onpolicy import RULES
@@ -300,6 +301,20 @@ def kl_nats(
         )
         found += [float(nats_T.sum()) for nats_T in (ours_N - theirs_N).split([*map(len, part)])]
     return found
+
+
+def best_of(n: int, teacher_PN: Tensor, others_PN: Tensor) -> list[float]:
+    """For each of P prompts the mean `others` mark of the best of n replies by the teacher's marks.
+
+    The mean over all choices of n among the N replies whose marks are given, `[P, N]`. Raises
+    ConfigError unless 1 <= n <= N.
+    """
+    N = teacher_PN.shape[1]
+    if not 1 <= n <= N:
+        raise ConfigError(f"The best of {n} among {N} replies is unknown; n goes from 1 to {N}.")
+    chance_N = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)])
+    in_order_PN = others_PN.gather(1, teacher_PN.argsort(dim=1))
+    return (in_order_PN * chance_N).sum(dim=1).tolist()
 
 
 def examine(probes: Sequence[Probe], answers: Sequence[Answer]) -> dict[str, Counter[str]]:

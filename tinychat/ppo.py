@@ -626,6 +626,7 @@ def train_ppo(
     end: int,
     pad: int,
     minutes: float = 0.0,
+    judge: RewardFunction | None = None,
     resume: bool = False,
     on_step: Callable[[PPOProgress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -633,7 +634,9 @@ def train_ppo(
     """Train `policy` in place to score higher, and keep the run's state in `folder`.
 
     A reply ends at a token of `stop`; only `end` among them counts as ending by itself. As many
-    steps as `config.steps` or fit into `minutes`. A run killed at any moment and called again with
+    steps as `config.steps` or fit into `minutes`. The `judge` only looks on: its mean mark of each
+    step stands in the metrics, and where it falls while the score climbs, the policy has found a
+    hole in the reward (Gao et al. 2023). A run killed at any moment and called again with
     `resume=True` goes on from its last saved state, to the same numbers. Raises ConfigError when
     `folder` holds another run, DataError without prompts.
     """
@@ -664,10 +667,13 @@ def train_ppo(
     def spent() -> float:
         return time.monotonic() - started
 
-    def rollout_of(step: int, generator: torch.Generator) -> Rollout:
+    def prompts_at(step: int) -> list[list[int]]:
         numbers = prompts_of_step(len(prompts), config.episodes, step, config.seed)
+        return [prompts[n] for n in numbers]
+
+    def rollout_of(step: int, generator: torch.Generator) -> Rollout:
         return collect(
-            policy, reference, [prompts[n] for n in numbers], reward, config,
+            policy, reference, prompts_at(step), reward, config,
             beta=controller.beta, stop=stop, end=end, pad=pad, generator=generator,
         )  # fmt: skip
 
@@ -702,6 +708,8 @@ def train_ppo(
             rollout = rollout_of(step, generator)
             learned = update(policy, optimizer, rollout, config, generator)
             metrics = summary(rollout) | learned | {"beta": controller.beta, "lr": factor}
+            if judge is not None:
+                metrics["judge"] = float(judge(prompts_at(step), rollout.replies).mean())
             # 9. steer beta
             controller.update(metrics["kl"])
             step += 1

@@ -68,6 +68,22 @@ def find_judge(name: str, infos: Iterable[CheckpointInfo]) -> CheckpointInfo:
     return info
 
 
+def find_teacher(name: str, judge: CheckpointInfo | None) -> CheckpointInfo:
+    """The reward model that chooses replies, refused where it is the judge too."""
+    from tinychat.runtime.checkpoint import find, read_info
+    from tinychat.runtime.files import file_sha256
+
+    info = read_info(find(name))
+    if info.stage != "reward":
+        raise CheckpointError(
+            f"{info.path} is of the stage {info.stage} and gives no marks; "
+            "name a reward model, or make one with `tinychat train reward`."
+        )
+    if judge and file_sha256(judge.path) == file_sha256(info.path):
+        raise ConfigError(f"{info.path} can't choose and judge; name another one with --judge.")
+    return info
+
+
 def load(name: str, info: CheckpointInfo, place: torch.device) -> Contestant:
     from tinychat.gpt import load_model
 

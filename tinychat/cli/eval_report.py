@@ -36,6 +36,8 @@ def print_report(report: Mapping[str, Any]) -> None:
             console.print(Text(f"Judge: {judge['path']}{right}."))
         console.print(_pairs(report["pairs"]))
     console.print(_replies(models))
+    if "best_of" in report:
+        console.print(_best_of(report["best_of"]))
     first = next(iter(models.values()))
     if "probes" in first:
         console.print(_probes(models))
@@ -92,6 +94,15 @@ def _replies(models: Mapping[str, Any]) -> Table:
         if "perplexity" in found:
             cells.append(show(found["perplexity"], ".1f"))
         table.add_row(Text(name), *map(Text, cells))
+    return table
+
+
+def _best_of(found: Mapping[str, Any]) -> Table:
+    title = f"{found['model']}: best of n by {found['reward']['path']}"
+    table = _table(title, "n", "KL, nats at most", "its mark", "the judge's mark", "tokens")
+    for row in found["curve"]:
+        marks = Text(show(row["reward"], ".2f")), Text(show(row["judge"], ".2f"))
+        table.add_row(str(row["n"]), f"{row['kl']:.2f}", *marks, f"{row['length']:.1f}")
     return table
 
 

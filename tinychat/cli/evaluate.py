@@ -16,6 +16,7 @@ from tinychat.cli.contestants import (
     choose_prompts,
     find_judge,
     find_models,
+    find_teacher,
     load,
     load_judge,
 )
@@ -46,6 +47,19 @@ def evaluate(
             metavar="CKPT",
             help="A reward model that compares the replies: one of `tinychat train reward "
             "--judge`, which no model was trained to please.",
+        ),
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(metavar="CKPT", help="The reward model that chooses, with --best-of."),
+    ] = None,
+    best_of: Annotated[
+        int | None,
+        typer.Option(
+            "--best-of",
+            metavar="N",
+            help="Draw N replies to each prompt, and show what the best of 1, 2, 4, ... by "
+            "--reward is worth to it and to the judge.",
         ),
     ] = None,
     prompts: Annotated[int, typer.Option(metavar="N", help="Unseen prompts to answer.")] = 300,
@@ -107,6 +121,10 @@ def evaluate(
         return
     if not models:
         raise ConfigError("There is no model to measure; name one, as in tinychat eval rlhf sft.")
+    if (best_of is None) != (reward is None):
+        raise ConfigError("--best-of and --reward go together: how many replies, and who chooses.")
+    if best_of is not None and best_of < 2:
+        raise ConfigError(f"--best-of is {best_of}; a choice takes at least 2.")
     if pairs and len(models) < 2:
         raise ConfigError("Pairs to read need two models; name a second one.")
     from tinychat.cli.eval_report import print_report
@@ -123,6 +141,7 @@ def evaluate(
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
     infos = find_models(models)
     judge_info = find_judge(judge, infos.values()) if judge else None
+    teacher_info = find_teacher(reward, judge_info) if reward else None
     for path in (out, save_pairs, pairs):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,6 +184,16 @@ def evaluate(
 
         for name, more in examine_models(contestants, marker, sampling, data, TEXTS, screen):
             report["models"][name] |= more
+    if teacher_info and best_of:
+        from tinychat.cli.best_of import best_of_curve
+
+        teacher, first = load_judge(teacher_info, place), contestants[0]
+        with screen.status(f"{first.name} answers {len(asked)} prompts {best_of} times ..."):
+            report["best_of"] = {
+                "model": first.name,
+                "reward": describe_judge(teacher_info),
+                "curve": best_of_curve(first, asked, teacher, marker, best_of, max_tokens, seed),
+            }
     if reader:
         with screen.status(f"{fluency} reads the replies ..."):
             for name, value in perplexities(reader, asked, answers).items():

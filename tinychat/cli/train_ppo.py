@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tinychat.cli.contestants import find_judge, load_judge
 from tinychat.cli.progress import clock, millions
 from tinychat.cli.runs import (
     budget_of,
     check_minutes,
     check_unchanged,
     find_checkpoint,
-    is_written,
+    is_finished,
     lineage_of,
     override,
+    print_next,
     read_record,
     run_folder,
     settings_of,
@@ -34,14 +36,17 @@ from tinychat.runtime.device import reuse_memory
 from tinychat.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tinychat.data.records import Message
     from tinychat.gpt import GPT
-    from tinychat.ppo import PPOProgress
+    from tinychat.ppo import PPOProgress, RewardFunction
+    from tinychat.reward_model import RewardModel
     from tinychat.tokenizer import Tokenizer
 
 PROMPT_TOKENS = 128  # longer prompts are left out: they cost much and say little about the reply
 HELD_OUT = 96  # prompts of the report
-REPORT = ("score", "kl", "length", "ended", "distinct_2", "repetition", "entropy")
+REPORT = ("score", "judge", "kl", "length", "ended", "distinct_2", "repetition", "entropy")
 
 
 @train_app.command()
@@ -52,6 +57,14 @@ def ppo(
     reward: Annotated[
         str, typer.Option("--reward", metavar="CKPT", help="The reward model that gives marks.")
     ] = "reward",
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CKPT",
+            help="A reward model of `tinychat train reward --judge` that only looks on: its marks "
+            "are written beside the others, so that you see the reward being fooled.",
+        ),
+    ] = None,
     minutes: Minutes = None,
     data: Data = None,
     resume: Resume = False,
@@ -79,12 +92,13 @@ def ppo(
         record = read_record(folder, "reward")
     else:
         record = {"from": str(find_checkpoint(start)), "reward": str(find_checkpoint(reward))}
-        record["sha256"] = {name: file_sha256(record[name]) for name in ("from", "reward")}
+        if judge:
+            record["judge"] = str(find_checkpoint(judge))
+        record["sha256"] = {name: file_sha256(path) for name, path in record.items()}
     chosen = settings_of(record, settings, minutes)
     config = override(PPOConfig(), chosen)
     path = folder / "rlhf.safetensors"
-    if resume and minutes is None and not settings and is_written(path):
-        print(f"{path} is finished already; give --minutes or --set steps=N to train it longer.")
+    if resume and is_finished(path, minutes, settings, "--minutes or --set steps=N"):
         return
     for name, digest in record["sha256"].items():
         check_unchanged(record[name], file_sha256(record[name]), digest)
@@ -106,7 +120,25 @@ def ppo(
             f"{record['reward']} has another tokenizer than {record['from']}; "
             "train a reward model from this chat model."
         )
-    reads = min(reference.config.context, marker.gpt.config.context)
+    onlooker = None
+    if record.get("judge"):
+        judge_info = find_judge(record["judge"], [info])
+        if record["sha256"]["judge"] == record["sha256"]["reward"]:
+            raise ConfigError(
+                f"{record['judge']} gives the rewards already; a judge must be another one, "
+                "made with `tinychat train reward --judge`."
+            )
+        onlooker, judge_pieces = load_judge(judge_info, place)
+        if judge_pieces.sha256 != pieces.sha256:
+            raise ConfigError(
+                f"{record['judge']} has another tokenizer than {record['from']}; "
+                "train a judge from this chat model."
+            )
+    reads = min(
+        model.config.context
+        for model in (reference, marker.gpt, onlooker and onlooker.gpt)
+        if model
+    )
     room = min(PROMPT_TOKENS, reads - config.max_tokens)
     prompts, held_out, sources = find_prompts(data, pieces, room)
     if not resume:
@@ -115,9 +147,12 @@ def ppo(
     elif settings:
         update_record(folder, record | {"set": chosen})
 
-    def marks(prompts: list[list[int]], replies: list[list[int]]) -> Any:
-        texts = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
-        return score(marker, texts, pieces.pad_id)
+    def marks_of(model: RewardModel) -> RewardFunction:
+        def marks(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
+            texts = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
+            return score(model, texts, pieces.pad_id)
+
+        return marks
 
     # 2. The same held-out prompts and the same dice, before and after.
     from tinychat.generation import make_generator, stop_ids
@@ -130,13 +165,16 @@ def ppo(
             ActorCritic(gpt),
             reference,
             held_out,
-            marks,
+            marks_of(marker),
             config,
             beta=0.0,
             **tokens,
             generator=make_generator(0, place),
         )
-        return look.replies, look.scores_B.tolist(), summary(look)
+        found = summary(look)
+        if onlooker:
+            found["judge"] = float(marks_of(onlooker)(held_out, look.replies).mean())
+        return look.replies, look.scores_B.tolist(), found
 
     policy = ActorCritic(copy.deepcopy(reference))
     reference.requires_grad_(False)
@@ -149,11 +187,12 @@ def ppo(
             policy,
             reference,
             prompts,
-            marks,
+            marks_of(marker),
             config,
             folder,
             **tokens,
             minutes=minutes or 0.0,
+            judge=marks_of(onlooker) if onlooker else None,
             resume=resume,
             on_step=show,
             should_stop=stop,
@@ -212,9 +251,10 @@ def ppo(
     after = saved.metrics["after"]
     print(f"On {len(held_out)} unseen prompts:     before    after")
     for name in REPORT:
-        print(f"  {name:>20} {before[name]:9.3f} {after[name]:9.3f}")
+        if name in before:
+            print(f"  {name:>20} {before[name]:9.3f} {after[name]:9.3f}")
     print(f"{path}: {saved.bytes / 1e6:.1f} MB. Replies side by side: {folder / 'samples.txt'}")
-    print(f"Talk to it: tinychat chat --ckpt {path}")
+    print_next(run, f"Talk to it: tinychat chat --ckpt {path}")
 
 
 def find_prompts(
@@ -281,12 +321,13 @@ def unseen_batches(pieces: Tokenizer, context: int) -> Iterator[Any]:
 
 
 def score_curve(folder: Path, points: int = 60) -> list[list[float]]:
-    """About `points` rows (step, score, KL) of the run."""
+    """About `points` rows of the run: step, score, KL and, where one looked on, a judge's mark."""
     from tinychat.runtime.metrics import read_metrics
 
     rows = read_metrics(folder / "metrics.jsonl")
     every = max(1, len(rows) // points)
-    return [[r["step"], round(r["score"], 4), round(r["kl"], 4)] for r in rows[::every]]
+    shown = [name for name in ("score", "kl", "judge") if rows and name in rows[0]]
+    return [[r["step"], *(round(r[name], 4) for name in shown)] for r in rows[::every]]
 
 
 def write_samples(
@@ -333,9 +374,10 @@ def ppo_progress(
         if not console.is_terminal and progress.step % 10 and progress.step > 1:
             return
         m, left = progress.metrics, clock(progress.seconds_left) if known else "?"
+        seen = f"judge {m['judge']:.3f}  " if "judge" in m else ""
         console.print(
             f"step {progress.step}{f'/{progress.steps}' if known else ''}  score {m['score']:.3f}  "
-            f"KL {m['kl']:.2f}  length {m['length']:.0f}  ended {m['ended']:.0%}  "
+            f"{seen}KL {m['kl']:.2f}  length {m['length']:.0f}  ended {m['ended']:.0%}  "
             f"clipped {m['clip_fraction']:.0%}  left {left}"
         )
 
