@@ -285,7 +285,7 @@ def test_version_and_help():
     "words",
     [
         ["--help"], ["chat", "--help"], ["compare", "--help"], ["info", "sft.safetensors"],
-        ["models"], ["config"], ["config", "path"], ["chats"],
+        ["models"], ["config"], ["config", "path"], ["chats"], ["train", "all", "--help"],
     ],
 )  # fmt: skip
 def test_torch_is_not_imported(shipped, words):

@@ -266,6 +266,32 @@ def test_sft_with_conversations_of_ones_own(here):
     lineage = read_info("runs/sft/sft.safetensors").lineage
     assert lineage["data"]["mine.jsonl"] == {"licence": "the user's"}
     assert json.loads(Path("runs/sft/run.json").read_text())["data"] == ["mine.jsonl"]
+    assert "mine.jsonl: learning from 1 of 1 conversations\n" in result.output
+    assert "left out" not in result.output
+
+
+def test_conversations_of_ones_own_are_cleaned_and_every_removal_is_counted(here, capsys):
+    from tinychat.cli.train_sft import own_dialogues
+
+    def write(name: str, *questions: str) -> None:
+        turns = [
+            [{"role": "user", "content": q}, {"role": "assistant", "content": "pong"}]
+            for q in questions
+        ]
+        lines = [json.dumps({"messages": messages}) for messages in turns]
+        Path(name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    write("one.jsonl", "ping", "Mail kim@example.org for me", *(f"{n}?" for n in range(300)))
+    write("two.jsonl", "PING!", "pong?")
+    kept = own_dialogues(["one.jsonl", "two.jsonl"], keep_all=False)
+    said = capsys.readouterr().out
+    asked = [dialogue.messages[0].content for dialogue in kept]
+    assert asked == ["ping", *(f"{n}?" for n in range(300)), "pong?"], "and no cap for one person"
+    assert "one.jsonl, two.jsonl: learning from 302 of 304 conversations" in said
+    assert "left out: exact copy, 1" in said and "left out: personal data, 1" in said
+    assert "--keep-all" in said
+    assert len(own_dialogues(["one.jsonl", "two.jsonl"], keep_all=True)) == 304
+    assert own_dialogues([], keep_all=False) == [] and not capsys.readouterr().out
 
 
 def test_train_tokenizer(here):
@@ -297,7 +323,7 @@ def test_train_tokenizer(here):
         ([*"base --minutes 1 --set precision=fp8".split()], "choose auto, bf16 or fp32"),
         ([*"base --minutes 1 --run ../up".split()], "'../up' can't name a folder in runs"),
         ([*"base --minutes 1 --run ..".split()], "'..' can't name a folder in runs"),
-        ([*"base --minutes 1 --run a/b".split()], "'a/b' can't name a folder in runs"),
+        ([*"base --minutes 1 --run a/b/c".split()], "'a/b/c' can't name a folder in runs"),
         ([*"base --minutes 1 --run a\\b".split()], "can't name a folder in runs"),
         (["base", "--minutes", "1", "--run", ""], "'' can't name a folder in runs"),
         (["base", "--resume"], "There is no run to resume in runs/base"),

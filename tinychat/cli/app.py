@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from tinychat import __version__
+from tinychat.cli.bench import bench
 from tinychat.cli.config import flags_of, settings
 from tinychat.cli.duel import EXAMPLES, duel
 from tinychat.cli.errors import friendly
@@ -33,7 +34,8 @@ from tinychat.cli.flags import (
     TopP,
     Words,
 )
-from tinychat.cli.train import train_app
+from tinychat.cli.huggingface import export_model
+from tinychat.cli.train_all import train_app
 from tinychat.runtime.errors import ConfigError
 
 
@@ -271,6 +273,10 @@ def data_verify(data: DataFolder = None) -> None:
 
 
 app.add_typer(train_app, name="train")
+
+app.command("export", epilog="Example: tinychat export rlhf my-model --format hf")(export_model)
+
+app.command(epilog="Example: tinychat bench --json > here.json")(bench)
 
 
 def main() -> NoReturn:

@@ -39,7 +39,7 @@ def card(folder: Path) -> str:
             f"{info.dtype} | {lineage['tokens']:,} | {lineage['minutes']:g} | {machine} |"
         )
     for info in infos:
-        lines += ["", f"## {info.path.name}", "", *_figures(info), "", *_sources(info)]
+        lines += ["", f"## {info.path.name}", "", *figures(info), "", *sources(info)]
     lines += [
         "",
         "The texts are not in this repository. Weights learned from them are published with "
@@ -49,7 +49,7 @@ def card(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _figures(info: CheckpointInfo) -> list[str]:
+def figures(info: CheckpointInfo) -> list[str]:
     rows = ["| unseen text | bits per byte |", "| --- | --- |"]
     bits = info.metrics.get("bits_per_byte", {})
     rows += [f"| {name} | {value:.3f} |" for name, value in bits.items()]
@@ -59,7 +59,7 @@ def _figures(info: CheckpointInfo) -> list[str]:
     return rows
 
 
-def _sources(info: CheckpointInfo) -> list[str]:
+def sources(info: CheckpointInfo) -> list[str]:
     rows = ["| read | passes | licence | from |", "| --- | --- | --- | --- |"]
     data: dict[str, Any] = info.lineage.get("data", {})
     for name, entry in data.items():

@@ -67,8 +67,11 @@ def check_sequence(sequence: int, context: int) -> None:
 
 
 def run_folder(name: str, resume: bool) -> Path:
-    """Return `runs/NAME`; ConfigError for a name that leads elsewhere, or a folder in use."""
-    if not re.fullmatch(r"\w[\w.-]*", name):
+    """Return `runs/NAME`; ConfigError for a name that leads elsewhere, or a folder in use.
+
+    NAME/STAGE is a stage of `train all`.
+    """
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise ConfigError(
             f"--run {name!r} can't name a folder in runs; use letters, digits, '-', '_' and '.'."
         )
@@ -107,6 +110,35 @@ def is_written(path: Path) -> bool:
     """True if the last thing that a run did was to write its checkpoint."""
     states = [state.stat().st_mtime for state in path.parent.glob("state-*.safetensors")]
     return path.exists() and path.stat().st_mtime >= max(states, default=0.0)
+
+
+def is_finished(path: Path, minutes: float | None, settings: list[str] | None, longer: str) -> bool:
+    """True, and said, where a run that is to be resumed has nothing left to do."""
+    if minutes is not None or settings or not is_written(path):
+        return False
+    print(f"{path} is finished already; give {longer} to train it longer.")
+    return True
+
+
+def print_next(run: str, hint: str) -> None:
+    """Say what to do next, unless the run is a part of `train all`, which does it by itself."""
+    if "/" not in run:
+        print(hint)
+
+
+def first_run(folder: Path) -> bool:
+    """True where no run has begun; one that was killed while it began leaves nothing to keep."""
+    record = folder / "run.json"
+    try:
+        json.loads(record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        if any(folder.glob("state-*.safetensors")):
+            return False
+        record.unlink()
+        return True
+    return False
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -148,10 +180,12 @@ def find_checkpoint(name: str) -> Path:
 
 def cache_folder(pieces: Tokenizer) -> Path:
     """Where token shards of this tokenizer are kept."""
-    from platformdirs import user_cache_dir
+    root = os.environ.get("TINYCHAT_CACHE")
+    if not root:
+        from platformdirs import user_cache_dir
 
-    root = Path(os.environ.get("TINYCHAT_CACHE") or user_cache_dir("tinychat"))
-    return root / "shards" / pieces.sha256[:12]
+        root = user_cache_dir("tinychat")
+    return Path(root) / "shards" / pieces.sha256[:12]
 
 
 def join_processes() -> tuple[int, int]:
@@ -285,14 +319,17 @@ def write_checkpoint(
 ) -> CheckpointInfo:
     """Write int8 where that costs less than 0.5 % in bits per byte, else bfloat16.
 
-    `bits_of` measures a model; the cost is measured on the file itself, read back, and so are the
-    further metrics that `figures_of` gives.
+    `bits_of` measures a model; the cost is measured on a file, read back, and so are the further
+    metrics that `figures_of` gives. `path` itself is written last, when all is known: a run whose
+    checkpoint is there is finished.
     """
     from tinychat.gpt import load_model, save_model
 
-    def save(kind: Literal["int8", "bf16"]) -> CheckpointInfo:
+    trial = path.with_name("trial.safetensors")
+
+    def save(file: Path, kind: Literal["int8", "bf16"]) -> CheckpointInfo:
         return save_model(
-            path,
+            file,
             model,
             stage=stage,
             tokenizer=pieces,
@@ -305,13 +342,15 @@ def write_checkpoint(
     exact = bits_of(model)
     kinds: tuple[Literal["int8", "bf16"], ...] = ("int8", "bf16")
     for kind in kinds:
-        save(kind)
-        stored = load_model(path)[0]
+        save(trial, kind)
+        stored = load_model(trial)[0]
         cost = 100 * (bits_of(stored) / exact - 1)
         if cost < 0.5:
             break
     metrics |= {"storage_cost_percent": round(cost, 3), **figures_of(stored)}
-    return save(kind)
+    info = save(path, kind)
+    trial.unlink(missing_ok=True)
+    return info
 
 
 def last_loss(result: Result, folder: Path) -> float | None:

@@ -18,10 +18,11 @@ from tinychat.cli.runs import (
     check_unchanged,
     curve,
     find_checkpoint,
-    is_written,
+    is_finished,
     last_loss,
     lineage_of,
     override,
+    print_next,
     read_record,
     run_folder,
     settings_of,
@@ -36,11 +37,12 @@ if TYPE_CHECKING:
     import torch
 
     from tinychat.data.groups import Group
+    from tinychat.gpt import GPT
     from tinychat.reward_model import RewardModel
     from tinychat.tokenizer import Tokenizer
 
 OWN_SAMPLES = "on_policy.jsonl"
-REFERENCES = 400  # good replies that set mean and deviation
+REFERENCES = 1000  # good replies that set mean, deviation and the slope against length
 UNSEEN_PROMPTS = 40  # held-out prompts that the sampler answers too, to measure on
 
 
@@ -66,8 +68,19 @@ def reward(
         typer.Option(metavar="N", help="Prompts that a model answers itself, to learn its flaws."),
     ] = 300,
     sampler: Annotated[
-        str | None,
-        typer.Option(metavar="CKPT", help="The model that answers; the one of --from if left out."),
+        list[str] | None,
+        typer.Option(
+            metavar="CKPT",
+            help="A model that answers, may be repeated; the one of --from if left out.",
+        ),
+    ] = None,
+    average: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CKPT",
+            help="An earlier reward model from the same chat model, to average the weights with; "
+            "may be repeated.",
+        ),
     ] = None,
     settings: Settings = None,
     device: Device = "auto",
@@ -82,8 +95,10 @@ def reward(
     from tinychat.data.groups import tokenize_groups
     from tinychat.data.preferences import (
         by_part,
+        corpus_answered,
         corpus_ranked,
         for_judge,
+        mismatched,
         prompt_key,
         public_ranked,
         read_ranked,
@@ -92,7 +107,15 @@ def reward(
     )
     from tinychat.data.public import data_folder
     from tinychat.gpt import load_model
-    from tinychat.reward_model import RewardConfig, RewardModel, fit_reward, normalize
+    from tinychat.reward_model import (
+        RewardConfig,
+        RewardModel,
+        add_words,
+        average_weights,
+        bag_of_words,
+        fit_reward,
+        normalize,
+    )
     from tinychat.runtime.checkpoint import file_sha256
     from tinychat.runtime.device import pick_device, set_threads
 
@@ -110,15 +133,15 @@ def reward(
             "judge": judge,
             "votes": str(votes) if votes else None,
             "samples": samples,
-            "sampler": str(find_checkpoint(sampler)) if sampler else None,
+            "sampler": [str(find_checkpoint(name)) for name in sampler or []],
+            "average": [str(find_checkpoint(name)) for name in average or []],
             "data": str(data) if data else None,
         }
         record["sha256"] = file_sha256(record["reward_of"])
     chosen = settings_of(record, settings, minutes)
     config = override(RewardConfig(), chosen)
     path = folder / "reward.safetensors"
-    if resume and minutes is None and not settings and is_written(path):
-        print(f"{path} is finished already; give --minutes or --set epochs=N to train it longer.")
+    if resume and is_finished(path, minutes, settings, "--minutes or --set epochs=N"):
         return
     check_unchanged(record["reward_of"], file_sha256(record["reward_of"]), record["sha256"])
     minutes = minutes or budget_of(record, folder)
@@ -126,10 +149,15 @@ def reward(
     set_threads()
     gpt, pieces, info = load_model(record["reward_of"])
     check_sequence(config.sequence, gpt.config.context)
+    twins = [load_twin(name, record) for name in record.get("average", [])]
     public = data_folder(record["data"])
-    other = load_model(record["sampler"]) if record["sampler"] else None
-    if other and other[1].sha256 != pieces.sha256:
-        raise ConfigError(f"{record['sampler']} has another tokenizer than {record['reward_of']}.")
+    samplers = [gpt]
+    if record["sampler"]:
+        others = [load_model(name) for name in record["sampler"]]
+        for name, (_, its_pieces, _) in zip(record["sampler"], others, strict=True):
+            if its_pieces.sha256 != pieces.sha256:
+                raise ConfigError(f"{name} has another tokenizer than {record['reward_of']}.")
+        samplers = [other for other, _, _ in others]
 
     # 2. Ranked replies. Half of the training prompts are the judge's alone; votes never are.
     own_votes = read_votes(Path(record["votes"])) if record["votes"] else []
@@ -143,26 +171,34 @@ def reward(
         write_record(folder, record | {"set": chosen, "minutes": minutes})
     elif settings:
         update_record(folder, record | {"set": chosen})
+    answered = by_part(corpus_answered())
+    answered["train"] = [
+        one for one in answered["train"] if for_judge(one.prompt) == record["judge"]
+    ]
+    foreign = {side: mismatched(groups) for side, groups in answered.items()}
     kept = folder / OWN_SAMPLES
     if record["samples"] and not kept.is_file():
         asked = [group for group in half if group.source == "corpus"][: record["samples"]]
-        asked += [group for group in unseen if group.source == "corpus"][:UNSEEN_PROMPTS]
-        take_samples(other[0] if other else gpt, pieces, asked, kept, place, config.seed)
+        asked += [group for group in unseen if group.source == "corpus"][
+            : min(UNSEEN_PROMPTS, record["samples"])
+        ]
+        take_samples(samplers, pieces, asked, kept, place, config.seed)
     extra = read_ranked(kept, "on-policy", 0.5) if kept.is_file() else []
     more = by_part(extra)
     votes_of = by_part([] if record["judge"] else own_votes)
     # `duel` asks held-out questions too. One on which a vote teaches measures nothing any more.
     taught = {prompt_key(group.prompt) for group in votes_of["train"] if group.pairs}
-    for groups in (parts, more, votes_of):
+    for groups in (parts, foreign, more, votes_of):
         for side in ("validation", "test"):
             groups[side] = [one for one in groups[side] if prompt_key(one.prompt) not in taught]
 
     def tokens_of(groups: Sequence[Any]) -> list[Group]:
         return tokenize_groups(groups, pieces, sequence=config.sequence, most=config.replies)
 
-    train = tokens_of([*half, *more["train"], *votes_of["train"]])
+    train = tokens_of([*half, *foreign["train"], *more["train"], *votes_of["train"]])
     validation, test = (
-        tokens_of([*parts[side], *more[side], *votes_of[side]]) for side in ("validation", "test")
+        tokens_of([*parts[side], *foreign[side], *more[side], *votes_of[side]])
+        for side in ("validation", "test")
     )
     held_out = validation + test
     references = [
@@ -195,8 +231,11 @@ def reward(
 
     # 4. Set zero and yardstick, measure, write, show.
     model.eval()
+    average_weights(model, twins)
+    words = bag_of_words(train, pieces.vocab_size)
+    add_words(model, words, references, pieces.pad_id, share=config.words)
     normalize(model, references, pieces.pad_id)
-    metrics = report(model, train, held_out, pieces, rated)
+    metrics = report(model, words, held_out, pieces, rated)
     metrics |= {"loss": last_loss(result, folder), "curve": curve(folder)}
     lineage = lineage_of(
         result,
@@ -205,7 +244,8 @@ def reward(
         parent=record["reward_of"],
         parent_sha256=record["sha256"],
         half="judge" if record["judge"] else "reward",
-        sampler=record["sampler"] or record["reward_of"],
+        sampler=", ".join(record["sampler"]) or record["reward_of"],
+        averaged_with=[file_sha256(name) for name in record.get("average", [])],
         ancestors=[info.lineage],
     )
     saved = write_reward(path, model, pieces, lineage, metrics, references)
@@ -214,20 +254,51 @@ def reward(
     if record["judge"]:
         print("A judge: measure with it, and never train a policy on it.")
     else:
-        print(f"Next: tinychat train ppo --from {record['reward_of']} --reward {path}")
+        print_next(run, f"Next: tinychat train ppo --from {record['reward_of']} --reward {path}")
+
+
+def load_twin(name: str, record: dict[str, Any]) -> RewardModel:
+    """A reward model to average with; ConfigError unless it began and learned as this one does."""
+    from tinychat.reward_model import load_reward
+
+    twin, _, info = load_reward(name)
+    if info.lineage.get("parent_sha256") != record["sha256"]:
+        raise ConfigError(
+            f"{name} began with another chat model than {record['reward_of']}; "
+            "only twins can be averaged."
+        )
+    half = "judge" if record["judge"] else "reward"
+    if info.lineage.get("half") != half:
+        raise ConfigError(
+            f"{name} learned from the half of the prompts named {info.lineage.get('half')!r}, "
+            f"and this one must only know {half!r}; average it with one of its own half."
+        )
+    return twin
 
 
 def take_samples(
-    gpt: Any, pieces: Tokenizer, asked: Sequence[Any], path: Path, place: torch.device, seed: int
+    samplers: Sequence[GPT],
+    pieces: Tokenizer,
+    asked: Sequence[Any],
+    path: Path,
+    place: torch.device,
+    seed: int,
 ) -> None:
-    """Let a model answer each prompt three times, and keep its ranked replies as a file."""
+    """Let each model answer each prompt three times, and keep the ranked replies as a file."""
     from tinychat.data.onpolicy import sample_ranked
     from tinychat.data.preferences import write_ranked
     from tinychat.generation import Sampling
 
     print(f"Sampling replies to {len(asked)} prompts ...")
     sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=96, seed=seed)
-    write_ranked(path, sample_ranked(gpt.to(place), pieces, asked, sampling, count=3))
+    ranked = [
+        group
+        for gpt in samplers
+        for group in sample_ranked(gpt.to(place), pieces, asked, sampling, count=3)
+    ]
+    partial = path.with_suffix(".tmp")
+    write_ranked(partial, ranked)
+    partial.replace(path)
 
 
 def sources_of(train: Sequence[Group], votes: str | None) -> dict[str, Any]:
@@ -262,13 +333,16 @@ def write_reward(
 
     exact = score(model, references, pieces.pad_id)
     kinds: tuple[Any, ...] = ("int8", "bf16")
+    trial = path.with_name("trial.safetensors")  # a run whose checkpoint is there is finished
     for kind in kinds:
-        save_reward(path, model, tokenizer=pieces, lineage=lineage, metrics=metrics, quantize=kind)
-        stored = load_reward(path)[0].to(model.device)
+        save_reward(trial, model, tokenizer=pieces, lineage=lineage, metrics=metrics, quantize=kind)
+        stored = load_reward(trial)[0].to(model.device)
         moved = float((score(stored, references, pieces.pad_id) - exact).abs().mean())
         if moved < 0.1:
             break
     metrics["storage_moves_marks_by"] = round(moved, 4)
-    return save_reward(
+    saved = save_reward(
         path, model, tokenizer=pieces, lineage=lineage, metrics=metrics, quantize=kind
     )
+    trial.unlink(missing_ok=True)
+    return saved

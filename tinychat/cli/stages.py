@@ -1,0 +1,188 @@
+"""What each stage of `train all` calls: the training commands themselves, with a plan's values."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tinychat.cli.evaluate import evaluate
+from tinychat.cli.plan import BY_NAME, Plan, Stage
+from tinychat.cli.progress import clock
+from tinychat.cli.runs import first_run, override
+from tinychat.cli.train import tokenizer
+from tinychat.cli.train_base import base, read_text, read_tokenizer
+from tinychat.cli.train_ppo import ppo
+from tinychat.cli.train_reward import reward
+from tinychat.cli.train_sft import sft
+
+SAVE = "save_minutes=1"  # what a kill may cost
+COMPILING = 3.0  # minutes of training from which on compiling pays
+QUICK = 10.0  # minutes in all below which the steps are small: otherwise too few would fit
+SMALL_STEPS = {
+    "base": ["batch=8"],
+    "sft": ["batch=4"],
+    "reward": ["batch=4"],
+    "ppo": ["episodes=16", "minibatch=8", "max_tokens=32"],
+}
+PROMPTS_A_MINUTE = 12  # of the whole budget, up to 300: for sampling and for the report
+
+
+def config_of(plan: Plan, stage: Stage) -> Any:
+    """The settings of a stage before `--set`."""
+    from tinychat.ppo import PPOConfig
+    from tinychat.pretraining import TrainConfig, train_preset
+    from tinychat.reward_model import RewardConfig
+    from tinychat.sft import SFTConfig
+
+    if stage.kind == "base":
+        return train_preset(plan.preset)
+    return {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}.get(
+        stage.kind, TrainConfig
+    )()
+
+
+def learn_vocabulary(plan: Plan) -> None:
+    out = plan.folder / "tokenizer.model"
+    if plan.tokenizer == "new" and not out.exists():
+        tokenizer(data=path_of(plan.data), vocab_size=8192, out=out)
+
+
+def tokenize(plan: Plan) -> None:
+    """Make the token shards that the base will read: its own command finds them made."""
+    from tinychat.data.public import data_folder
+
+    started = time.monotonic()
+    shards = read_text(data_folder(path_of(plan.data)), read_tokenizer(tokenizer_of(plan)), {})[1]
+    tokens = sum(shard.tokens for shard in shards["train"].values())
+    print(
+        f"\n{tokens / 1e6:.1f} M tokens of {len(shards['train'])} sources, "
+        f"{clock(time.monotonic() - started)}"
+    )
+
+
+def path_of(name: str | None) -> Path | None:
+    return Path(name) if name else None
+
+
+def tokenizer_of(plan: Plan) -> Path | None:
+    return plan.folder / "tokenizer.model" if plan.tokenizer == "new" else path_of(plan.tokenizer)
+
+
+def common(plan: Plan, stage: Stage, device: str, more: list[str] | None = None) -> dict[str, Any]:
+    """What every training command is called with: a new run, or the one that was begun."""
+    run = f"{plan.folder.name}/{stage.name}"
+    if first_run(plan.folder / stage.name):
+        small = SMALL_STEPS[stage.kind] if plan.minutes < QUICK else []
+        settings = [SAVE, *small, *(more or []), *plan.settings_of(stage)]
+        minutes: float | None = plan.trained[stage.name]
+    else:  # it knows its minutes and settings itself
+        settings, minutes = [], None
+    return {
+        "run": run,
+        "minutes": minutes,
+        "settings": settings or None,
+        "resume": not settings,
+        "device": device,
+    }
+
+
+def compiling(plan: Plan, stage: Stage) -> list[str]:
+    """Compiling takes up to a minute: a short stage goes without, unless it is told otherwise."""
+    return ["compiled=false"] if plan.trained[stage.name] < COMPILING else []
+
+
+def result(plan: Plan, name: str) -> str:
+    return str(plan.folder / BY_NAME[name].result)
+
+
+def pretrain_base(plan: Plan, stage: Stage, device: str) -> None:
+    base(
+        preset=plan.preset,
+        data=path_of(plan.data),
+        tokenizer_file=tokenizer_of(plan),
+        **common(plan, stage, device, compiling(plan, stage)),
+    )
+
+
+def finetune_sft(plan: Plan, stage: Stage, device: str) -> None:
+    given = common(plan, stage, device, compiling(plan, stage))
+    if given["minutes"] is not None and by_epochs(plan, stage):
+        given["minutes"] = None
+    sft(start=result(plan, "base"), **given)
+
+
+def by_epochs(plan: Plan, stage: Stage) -> bool:
+    """Whether all readings of the conversations fit into the stage's minutes.
+
+    Then it ends by itself, for more readings would only be learned by heart. The base has met
+    the same conversations: it knows how many tokens they are, and how many it reads a minute.
+    """
+    from tinychat.runtime.checkpoint import read_info
+
+    config = override(config_of(plan, stage), plan.settings_of(stage))
+    lineage = read_info(result(plan, "base")).lineage
+    epoch = lineage["data"]["dialogues"]["tokens"]
+    speed = lineage["tokens"] / max(lineage["minutes"], 0.05)
+    return config.epochs * epoch / speed < plan.trained[stage.name]
+
+
+def fit_marks(plan: Plan, stage: Stage, device: str) -> None:
+    """The reward model, the judge, and the second reward model with both writers' samples."""
+    second = stage.name == "reward-2"
+    reward(
+        start=result(plan, "sft"),
+        data=path_of(plan.data),
+        judge=stage.name == "judge",
+        samples=questions(plan),
+        sampler=[result(plan, "sft"), result(plan, "ppo")] if second else None,
+        **common(plan, stage, device, ["seed=1"] if stage.name == "judge" else []),
+    )
+
+
+def raise_marks(plan: Plan, stage: Stage, device: str) -> None:
+    (teacher,) = stage.needs
+    ppo(
+        start=result(plan, "sft"),
+        reward=result(plan, teacher),
+        judge=result(plan, "judge") if BY_NAME["judge"] in plan.stages else None,
+        data=path_of(plan.data),
+        **common(plan, stage, device),
+    )
+
+
+def measure_all(plan: Plan, stage: Stage, device: str) -> None:
+    """The report card of all models, judged by the one that taught none of them."""
+    names = [one.name for one in reversed(plan.stages) if one.kind in ("ppo", "sft", "base")]
+    judge = result(plan, "judge") if BY_NAME["judge"] in plan.stages else None
+    evaluate(
+        models=[result(plan, name) for name in names],
+        judge=judge,
+        prompts=questions(plan),
+        data=path_of(plan.data),
+        brief=plan.minutes < QUICK,
+        out=plan.folder / stage.result,
+        device=device,
+    )
+
+
+def questions(plan: Plan) -> int:
+    return max(16, min(300, round(PROMPTS_A_MINUTE * plan.minutes)))
+
+
+COMMANDS: dict[str, Callable[[Plan, Stage, str], None]] = {
+    "base": pretrain_base,
+    "sft": finetune_sft,
+    "reward": fit_marks,
+    "ppo": raise_marks,
+    "eval": measure_all,
+}
+
+
+def trained_minutes(plan: Plan, stage: Stage) -> float:
+    """What a stage took over all its pieces; 0 for the report, which trains nothing."""
+    from tinychat.runtime.checkpoint import read_info
+
+    path = plan.folder / stage.result
+    return read_info(path).lineage["minutes"] if stage.kind != "eval" else 0.0
