@@ -103,7 +103,7 @@ for split, sources in shards.items():
 # the target is the token that comes next. So a window of T tokens gives T exercises at once.
 
 # %%
-SEQUENCE, BATCH = (64, 8) if FAST else (128, 8)
+SEQUENCE, BATCH = (64, 4) if FAST else (128, 8)
 WEIGHTS = {"stories": 2.0, "explanations": 1.0, "dialogues": 1.0}
 
 
@@ -181,6 +181,9 @@ print(f"its logits:               {places * config.vocab_size * 4 / 1e6:7.1f} MB
 # gradient right away**. Chapter 01 showed how simple the slope of cross-entropy is: the
 # probabilities, minus one at the right answer. Everything that it needs is at hand in the moment you
 # have the loss. So you never store logits for the backward pass at all.
+#
+# `share_N` says how much of the whole loss each place is: one over the number of places that count,
+# and zero where a mask says that a place doesn't.
 
 
 # %% tags=["export"]
@@ -209,8 +212,8 @@ def cross_entropy_chunk(
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy against the tied embedding that never holds all logits at once.
 
-    8,192 tokens times 8,192 scores in float32 are 268 MB, read and written several times over;
-    a chunk of 1,024 tokens stays in the processor's cache.
+    The scores of all tokens of a step are hundreds of megabytes, read and written several times
+    over; those of a chunk stay in the processor's cache.
     """
 
     @staticmethod
@@ -359,7 +362,7 @@ def seconds_a_step(dtype: torch.dtype) -> float:
     """The best time of a few losses with their gradients."""
     loss_function = LossFunction(model, dtype=dtype, compiled=False)
     times = []
-    for _ in range(3):
+    for _ in range(2 if FAST else 3):
         begin = time.perf_counter()
         loss_function(batch).backward()
         times.append(time.perf_counter() - begin)
@@ -494,15 +497,19 @@ count = int((share < 0.9).sum()) + 1
 print(f"{len(before)} directions; the strongest {count} hold 90 % of the gradient's size")
 
 # %% [markdown]
-# Some directions are loud, and the rest whisper. The loud ones belong to frequent things: full
-# stops, "the", "and". Rare things whisper, and with plain steps they are learned last. **Muon** (Jordan et al.
+# Some directions are loud, and the rest whisper. With plain steps, what whispers is learned last.
+# But it may matter as much: what is rare in a text is quiet in its gradient. **Muon** (Jordan et al.
 # 2024) makes all directions equally loud: it keeps them, and sets every singular value near one.
 #
-# The exact way is a singular value decomposition, $U S V^T$, and then $U V^T$. It is slow. The
-# trick is a polynomial of odd powers. Put a matrix into $aX + b(XX^T)X + c(XX^T)^2X$, and its
-# directions stay as they are, while each singular value $s$ becomes $as + bs^3 + cs^5$. With the
-# right three numbers, small values grow quickly and those near one stay there. Five rounds do, and
-# a round is only three products of matrices.
+# The exact way is a singular value decomposition, $X = U S V^T$ (chapter 04), and then $U V^T$. It
+# is slow. The trick is a polynomial of odd powers,
+#
+# $$X \to aX + b(XX^T)X + c(XX^T)^2X.$$
+#
+# Put $U S V^T$ in. In $XX^TX$, every $V^TV$ and $U^TU$ in the middle cancels, and $U S^3 V^T$ is left:
+# the directions stay as they are, only the singular values are cubed. So each value $s$ becomes
+# $as + bs^3 + cs^5$. With the right three numbers, small values grow quickly and those near one stay
+# about there. Five rounds do, and a round is only three products of matrices.
 
 
 # %% tags=["export"]
@@ -808,7 +815,9 @@ def train_step(
 # further. A tiny model will do.
 
 # %%
-TINY = GPTConfig(width=64, layers=2, heads=2, kv_heads=1, head_width=32, hidden=128, context=64)
+TINY = GPTConfig(
+    width=64, layers=1 if FAST else 2, heads=2, kv_heads=1, head_width=32, hidden=128, context=64
+)
 FEW = next(book_batches("train", 2, 32)(0, 10))
 torch.manual_seed(0)
 pupil = GPT(TINY)
@@ -827,8 +836,9 @@ assert loss < 0.05
 # ## A measure that travels
 #
 # Loss a token depends on how the tokenizer cuts the text. Longer tokens are fewer, and each is
-# harder to guess. So two models with different tokenizers can't be compared by it. **Bits per byte**
-# can: add up the surprise in bits over a whole text, and divide by its length in bytes.
+# harder to guess. So two models with different tokenizers can't be compared by it. By **bits per
+# byte** they can. You know them from chapter 02: add up the surprise in bits over a whole text, and
+# divide by its length in bytes. Here is the same for batches of tokens.
 
 
 # %% tags=["export"]
@@ -863,7 +873,7 @@ token_bytes_V = bytes_of_tokens(tokenizer)
 
 def unseen() -> Iterable[Batch]:
     """The same windows of validation text each time."""
-    count = 2 if FAST else 6
+    count = 1 if FAST else 6
     return book_batches("validation", BATCH, SEQUENCE)(0, count)
 
 
@@ -1179,7 +1189,7 @@ run = BOOK / "pretraining"
 shutil.rmtree(run, ignore_errors=True)  # this cell begins anew each time it runs
 live = replace(
     train_preset(PRESET),
-    steps=8 if FAST else 0,
+    steps=5 if FAST else 0,
     batch=BATCH,
     sequence=SEQUENCE,
     precision=PRECISION,
@@ -1284,7 +1294,7 @@ assert abs(told - kept) < 0.1, "eight bits a weight lose next to nothing"
 # %%
 def held_out_batches(length: int) -> Iterator[Batch]:
     """The held-out documents, each for itself and after `<|bos|>`, in pieces of `length` tokens."""
-    for text in held_out_text()[: 4 if FAST else None]:
+    for text in held_out_text()[: 2 if FAST else None]:
         ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text.decode())]])
         for start in range(0, ids.shape[1] - 1, length):
             piece = ids[:, start : start + length + 1]
@@ -1314,7 +1324,7 @@ if not FAST:  # which reads only a part of the text
 # %% tags=["test"]
 # The tokens of a text stand for all its bytes, and for no more: so the comparison is fair.
 counted = sum(int(token_bytes_V[piece.targets_BT].sum()) for piece in held_out_batches(512))
-assert counted == sum(map(len, held_out_text()[: 4 if FAST else None]))
+assert counted == sum(map(len, held_out_text()[: 2 if FAST else None]))
 # A model that knows nothing needs log2(V) bits for each token.
 tokens_in_all = sum(piece.targets_BT.numel() for piece in held_out_batches(512))
 know_nothing = tokens_in_all * math.log2(tokenizer.vocab_size) / counted
@@ -1335,7 +1345,7 @@ assert all(bits < know_nothing for bits in scores.values())
 
 # %%
 SIZES = ((8, 1), (16, 1), (32, 1)) if FAST else ((8, 1), (16, 1), (32, 2), (64, 2))
-LENGTHS = (2_048, 4_096, 8_192) if FAST else (16_384, 32_768, 65_536, 131_072)
+LENGTHS = (1_024, 2_048, 4_096) if FAST else (16_384, 32_768, 65_536, 131_072)
 LONGER = 2 * LENGTHS[-1]  # for all but the largest, whose runs take the longest
 ROWS, ROW = 8, 64
 
@@ -1533,9 +1543,8 @@ picture("07_scaling", draw_scaling)
 # Be careful with these numbers. Each of these models has read a thin book at most. Some runs are so
 # short that they measure how fast a model *starts* to learn, and the exponents lean on a few of them:
 # that is what the ranges above say. About $E$ they say next to nothing, since no run comes near it.
-# Real fits use hundreds of runs over a range of compute that is a million times wider. The shape is
-# the point. It held from such small models to the largest ever trained, and it is the reason why
-# anybody dared to pay for those.
+# Real fits use hundreds of runs over a far wider range of compute. The shape is the point. It held
+# over many powers of ten, and it is the reason why anybody dared to pay for the largest models.
 #
 # ## What does it cost?
 #
@@ -1730,7 +1739,8 @@ if long_enough:
 # ## Exercises
 #
 # **1. Another end.** Write `cosine(step, steps, warmup)`: a linear rise, then half a cosine wave down
-# to zero. After half of the steps, what share of the peak is left, compared with our schedule?
+# to zero. Half-way between the end of the rise and the end of the run, what share of the peak is
+# left, compared with our schedule?
 
 
 # %% tags=["solution"]
@@ -1835,7 +1845,8 @@ assert costs[1] == 0 < min(costs[0.25], costs[4]) < 0.1
 # ## Where this is in the package
 #
 # Everything tagged `export` here is `tinychat/pretraining.py`. `tinychat train base` calls
-# `pretrain` with more text and a progress bar; chapter 10 calls it with conversations.
+# `pretrain` with more text and a progress bar (and on several GPUs at once, when `torchrun` starts it);
+# chapter 10 calls it with conversations.
 #
 # ## Sources
 #

@@ -43,9 +43,9 @@ from tinychat.tokenizer import Tokenizer
 # ## A model to listen to
 #
 # The cells below want a model. If a trained `base` checkpoint is around (the shipped one, or yours
-# from chapter 07), you get that one. If not,
-# a very small one is trained here on our own stories. It will write nonsense in the rhythm of a
-# story, and for this chapter that is enough: choosing works the same way for every model.
+# from chapter 07), you get that one. If not, a very small one is trained here on our own stories. It
+# will write nonsense in the rhythm of a story, and for this chapter that is enough: choosing works
+# the same way for every model.
 
 # %%
 import os
@@ -501,9 +501,9 @@ for seed in (1, 1, 2, 3):
 # a new one comes. Their keys and values can be kept. Think of notes in the margin: you don't reread
 # the book to write the next line.
 #
-# With the cache from the GPT chapter, the prompt goes in once and then one token at a time. A
-# second saving is hidden in `next_logits`: only the last token's scores are needed, and the product
-# with the whole vocabulary is the largest in a small model.
+# With the cache of chapter 06, the prompt goes in once, as a whole (servers call this *prefill*), and
+# then one token at a time (*decode*). A second saving is hidden in `next_logits`: only the last
+# token's scores are needed, and the product with the whole vocabulary is the largest in a small model.
 
 
 # %% tags=["export"]
@@ -754,7 +754,8 @@ assert again == list(generate(model, longer, Sampling(temperature=0, max_tokens=
 # the processor mostly waits for weights to arrive from memory; in a batch it uses each weight for
 # all rows. Prompts have different lengths, though, and the newest token must be in the same column
 # for every row. So the short ones are filled up on the *left*, and the filling gets a segment of its
-# own that no real token looks at.
+# own that no real token looks at (chapter 06). That the tokens of a short prompt now stand further to
+# the right does no harm: rotary positions only know distances (chapter 04).
 
 
 # %% tags=["export"]
@@ -1100,6 +1101,8 @@ assert "".join(until(iter("aab"), "ab")) == "a"
 #   Chapter 14 builds it.
 # - **Paged caches and continuous batching**: servers with many users cut the cache into pages and
 #   let rows join and leave a running batch. Our batch waits for its slowest row.
+# - **One prompt, many replies**: read it once and copy its cache for each reply, as nanochat's engine
+#   does. Our batch takes different prompts, and reads each in its own row.
 # - **Constrained decoding**: forbid every token that would break a grammar, such as JSON.
 #
 # ## Where this is in the package

@@ -637,7 +637,9 @@ for other in (second, third):
 # Comparing all pairs is too slow for many texts, since their number grows with the square.
 # **MinHash** is a lovely trick against that. Give every shingle a random number, the same in every
 # text, and keep the smallest of each text. The chance that two texts have the same smallest number
-# is exactly their overlap. The cell checks this claim with a few thousand throws.
+# is exactly their overlap. (Put all shingles of both into one hat. The smallest number is equally
+# likely to fall on any of them, and the two texts agree when it falls on a shared one.) The cell
+# checks this claim with a few thousand throws.
 
 # %%
 a, b = shingles(first), shingles(second)
@@ -650,6 +652,17 @@ print(
     f"overlap {len(a & b) / len(a | b):.3f}, same smallest number in {hits / throws:.3f} of throws"
 )
 assert abs(hits / throws - len(a & b) / len(a | b)) < 0.04
+
+# %% [markdown]
+# One such number says little, so `NearDuplicates` keeps many, in groups (*bands*). Two texts are
+# compared in full as soon as one whole band agrees. For near copies that is nearly certain, for
+# strangers nearly impossible:
+
+# %%
+BANDS, IN_BAND = NearDuplicates.BANDS, NearDuplicates.ROWS
+for share in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9):
+    band = share**IN_BAND  # all numbers of one band agree
+    print(f"overlap {share:.0%}: compared with a chance of {1 - (1 - band) ** BANDS:7.2%}")
 
 # %% [markdown]
 # Everything together. Each conversation is asked the questions in a fixed order, and the first
@@ -721,7 +734,8 @@ def curate(
 
 
 # %% [markdown]
-# First our own corpus. It was written by hand for this project, so there should be little to find.
+# First our own corpus. It was written for this project and read again, so there should be little to
+# find.
 # Short greetings may look alike; look at what a near copy is here, and judge for yourself.
 
 # %%
@@ -945,8 +959,8 @@ assert counts == sorted(counts, reverse=True)
 # ## Where this is in the package
 #
 # Everything tagged `export` here is `tinychat/dialogue.py`. Fine-tuning calls `render`, the chat
-# calls `render_prompt`. `curate` is for conversations that you collect; our own corpus was written by
-# hand and read.
+# calls `render_prompt`. `tinychat train sft --data FILE` calls `curate` on conversations of your own,
+# and prints how many it left out and why.
 #
 # ## Sources
 #

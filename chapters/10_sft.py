@@ -44,6 +44,7 @@ from tinychat.gpt import GPT
 from tinychat.pretraining import Progress, Result, TrainConfig, pretrain
 from tinychat.runtime.errors import ConfigError, DataError
 from tinychat.runtime.state import load_state
+
 # %% [markdown]
 # ## The model to begin with
 #
@@ -90,7 +91,7 @@ def train_a_little(tokenizer: Tokenizer, seconds: float) -> GPT:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     begin, steps = time.perf_counter(), 0
     while steps < 10 or time.perf_counter() - begin < seconds:
-        starts_B1 = torch.randint(len(text) - 65, (8, 1))
+        starts_B1 = torch.randint(len(text) - 65, (4 if FAST else 8, 1))
         window_BT = text[starts_B1 + torch.arange(65)]
         logits_BTV = model(window_BT[:, :-1])
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), window_BT[:, 1:].flatten())
@@ -111,7 +112,7 @@ if found := find_first("runs/book/base", *([] if FAST else ["base"])):
     print(f"beginning with {parent}: {info.parameters / 1e6:.1f} M weights")
 else:
     tokenizer = Tokenizer(tokenizer_model())
-    base = train_a_little(tokenizer, seconds=0.5 if FAST else 15)
+    base = train_a_little(tokenizer, seconds=0.1 if FAST else 15)
     parent = "trained in chapter 10"
 
 # %% [markdown]
@@ -177,7 +178,7 @@ def mean_loss(model: GPT, batches: Iterable[Batch]) -> float:
     return total / count
 
 
-some = parts["validation"][: 4 if FAST else 12]
+some = parts["validation"][: 2 if FAST else 12]
 whole = mean_loss(base, [batch_of(one, [True] * len(one.tokens)) for one in some])
 replies = mean_loss(base, [batch_of(one, one.loss_mask) for one in some])
 tokens = sum(len(one.tokens) for one in some)
@@ -540,12 +541,12 @@ unseen = held_out(4 if FAST else 24)
 student = copy.deepcopy(base).train()
 # Full rates on purpose: the point is to see it go wrong soon.
 harsh = replace(PLAIN, batch=len(seen.rows(0)), matrix_lr=0.01, vector_lr=2e-3)
-harsh = replace(harsh, epochs=12 if FAST else 60 if base.config.parameters < 4e6 else 20)
+harsh = replace(harsh, epochs=8 if FAST else 60 if base.config.parameters < 4e6 else 20)
 table = [(0, mean_loss(base, [seen.batch(seen.rows(0))]), mean_loss(base, unseen))]
 
 
 def watch(progress: Progress) -> None:
-    if progress.step in (1, 2) or progress.step % (progress.steps // (4 if FAST else 10)) == 0:
+    if progress.step in (1, 2) or progress.step % (progress.steps // (2 if FAST else 10)) == 0:
         table.append((progress.step, progress.loss, mean_loss(student, unseen)))
 
 
@@ -608,8 +609,8 @@ judges = unseen if FAST else held_out(72)
 large = base.config.parameters > 4e6
 settings = replace(
     PLAIN,
-    batch=2 if FAST else 4,
-    epochs=12 / rows_an_epoch if FAST else 0.1 if large else 1,
+    batch=1 if FAST else 4,
+    epochs=5 / rows_an_epoch if FAST else 0.1 if large else 1,
     matrix_lr=1e-3 if large else 4e-3,
     vector_lr=3e-4 if large else 1e-3,
 )
@@ -670,13 +671,13 @@ else:
 # epochs, and a good reason to know what your base has read.
 #
 # Each dot of the curve is another handful of conversations, some easy, some hard. So it jumps, and
-# only its trend tells you something. If a real fine-tuned checkpoint is around, the cell draws its
-# curve too: several readings of everything. Look for stairs in it. Each new epoch begins a step
+# only its trend tells you something. If a fine-tuned checkpoint is around that kept its curve, the cell
+# draws that too: several readings of everything. Look for stairs in it. Each new epoch begins a step
 # lower, because the model meets conversations that it has met before. The loss *falls because it
 # remembers*, and this number alone would never warn you.
 
 # %%
-# alt: Loss against tokens read: the short run of this chapter jumps, the long one falls in stairs.
+# alt: Loss against tokens read in this chapter's short run; beside it the shipped one's, if it has one.
 shipped = find_first("sft")
 card = checkpoint.read_info(shipped) if shipped else None
 curves = {"this chapter's run": [[progress.tokens, progress.loss] for progress in log]}
@@ -751,7 +752,7 @@ if card:
     big, its_tokenizer, _ = load_model(card.path)
     if its_tokenizer.vocab_size == tokenizer.vocab_size:
         print(f"  loss on the unseen replies of above: {mean_loss(big, judges):.3f} nats a token")
-    for question in QUESTIONS:
+    for question in QUESTIONS[: 2 if FAST else None]:
         ids = render_prompt([Message("user", question)], its_tokenizer, context=256, reserve=64)
         print(f"> {question}\n  {''.join(stream(big, its_tokenizer, ids, greedy)).strip()}")
 else:
@@ -784,7 +785,7 @@ labelled = [
     for animal, food in zip(ANIMALS.split(), FOODS.split(), strict=True)
     for pair in ((animal, "animal"), (food, "food"))
 ]
-shown, asked = labelled[:24], labelled[24:]
+shown, asked = labelled[:24], labelled[24 : 28 if FAST else None]
 LABELS = {label: tokenizer.encode(f" {label}") for label in ("animal", "food")}
 
 
@@ -812,7 +813,7 @@ def as_talk(word: str, label: str) -> list[Message]:
 
 specialist = copy.deepcopy(base).train()
 task = [render(as_talk(word, label), tokenizer) for word, label in shown]
-readings = 8 if FAST else 20 if base.config.parameters > 4e6 else 60
+readings = 3 if FAST else 20 if base.config.parameters > 4e6 else 60
 drill = replace(PLAIN, batch=5, sequence=64, epochs=readings, matrix_lr=1e-2, vector_lr=3e-3)
 with tempfile.TemporaryDirectory() as folder:
     finetune(specialist, task, drill, folder, pad=tokenizer.pad_id)
@@ -847,8 +848,8 @@ assert FAST or known > 18, "examples that it read so often, it must know"
 # means anything, so don't read much into two more or less.
 #
 # Compare the last two lines instead. With enough readings, fine-tuning learns its *examples*.
-# Whether it carries over to new words depends on what the base knows of them: if
-# its vectors for *goat* and *horse* are alike (chapter 04), one lesson serves both.
+# Whether it carries over to new words depends on what the base knows of them: if its vectors for
+# *goat* and *horse* are alike (chapter 04), one lesson serves both.
 #
 # In-context learning asks for more. The model must find the pattern in the prompt by itself, and
 # that ability only appears with far more training than a book chapter can give. So a small model is
@@ -967,6 +968,10 @@ for count in (0, 4):
 # - **Adapters (LoRA)** train a few small matrices beside the frozen weights. They save memory for
 #   huge models; ours fits anyway.
 # - **Replay**: mixing some pretraining text into fine-tuning, against forgetting.
+# - **A warm optimizer.** nanochat takes up the optimizer's memory where pretraining left it; ours
+#   begins anew, and its warm-up makes up for that.
+# - **Tasks among the talk.** It also mixes in school questions, sums and spelling, so that one model
+#   learns them all. Ours learns to talk.
 # - **Training only on the best replies**, chosen by a judge. Chapter 11 builds the judge.
 # - **Many public conversations.** We tried. A small model then speaks as they do, and our own voice
 #   drowns.

@@ -54,8 +54,8 @@ def cross_entropy_chunk(
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy against the tied embedding that never holds all logits at once.
 
-    8,192 tokens times 8,192 scores in float32 are 268 MB, read and written several times over;
-    a chunk of 1,024 tokens stays in the processor's cache.
+    The scores of all tokens of a step are hundreds of megabytes, read and written several times
+    over; those of a chunk stay in the processor's cache.
     """
 
     @staticmethod

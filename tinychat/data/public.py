@@ -19,8 +19,11 @@ from tinychat.data.sources import TABLE, Kind, Source
 from tinychat.runtime.errors import DataError
 
 # Templates that nobody filled in ("My name is [user 1's name]"): a model learns to say them.
+BRACKETS = re.compile(r"\[[^\]]{1,40}\]")
 PLACEHOLDERS = {
-    "synthetic_persona_chat": re.compile(r"\[[^\]]{1,40}\]|\((?:[a-z ]*name|city|[a-z ]*town)\)"),
+    "synthetic_persona_chat": re.compile(
+        rf"{BRACKETS.pattern}|\((?:[a-z ]*name|city|[a-z ]*town)\)"
+    ),
 }
 OWN = "a name that ends in .txt, .jsonl, .txt.zst or .jsonl.zst"
 

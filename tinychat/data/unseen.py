@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -17,14 +16,19 @@ from tinychat.data.preferences import (
     prompt_key,
     read_ranked,
 )
-from tinychat.data.public import read_dialogues, read_documents, source_path, sources
+from tinychat.data.public import (
+    BRACKETS,
+    read_dialogues,
+    read_documents,
+    source_path,
+    sources,
+)
 from tinychat.data.records import Dialogue, Document, Message
 from tinychat.data.split import split_of
 from tinychat.runtime.errors import ConfigError
 
 Prompt = tuple[Message, ...]
 PUBLIC_PROMPTS = "ppo_prompts"
-TEMPLATE = re.compile(r"\[[^\]]{1,40}\]")  # "My name is [user 1's name]": nobody filled it in
 
 
 def prompts_of(dialogue: Dialogue) -> Iterator[Prompt]:
@@ -93,7 +97,7 @@ def _left_out_by_ppo(folder: Path) -> dict[str, Prompt]:
     found: dict[str, Prompt] = {}
     for prompt in public_prompts(folder):
         key = prompt_key(prompt)
-        unfilled = any(TEMPLATE.search(message.content) for message in prompt)
+        unfilled = any(BRACKETS.search(message.content) for message in prompt)
         if _is_asked(prompt) and not unfilled and split_of(key) != "train":
             found.setdefault(key, prompt)
     return found
