@@ -178,8 +178,8 @@ assert len({"".join(stream(base, tokenizer, start, how)) for how in wild}) > 1
 # steps, and each leaves a checkpoint, a file with all weights at that time:
 #
 # 1. **base**: read a lot and guess the next token. The result knows words, grammar, and some facts.
-# 2. **sft** (supervised fine-tuning): show it a few thousand good conversations. The result answers
-#    instead of rambling on.
+# 2. **sft** (supervised fine-tuning): show it many good conversations. The result answers instead of
+#    rambling on.
 # 3. **rlhf** (reinforcement learning from human feedback): let it answer, have the answers judged,
 #    and make what was liked more likely. The result answers in the way that people prefer.
 #
@@ -205,16 +205,18 @@ for stage, (model, _, _) in found.items():
 # | part | the idea | chapters |
 # | --- | --- | --- |
 # | **the transformer** | a network that reads all tokens at once and lets each look back at the others | 01 a first network, 02 what came before, 03 tokens, 04 embeddings, 05 attention, 06 GPT |
-# | **pretraining** | guess the next token, billions of times; what you must know to guess well, you learn | 07 pretraining, 08 generation |
+# | **pretraining** | guess the next token, millions of times; what you must know to guess well, you learn | 07 pretraining, 08 generation |
 # | **alignment** | show it how to answer, then reward what people like | 09 dialogue, 10 fine-tuning, 11 reward model, 12 PPO |
 #
 # Think of somebody who grows up in a library. The transformer is the brain they were born with.
 # Pretraining is reading every book. Alignment is learning to talk with visitors: what helps them, what
-# is rude, when to say "I don't know".
+# is rude, when to say "I don't know". Then somebody has to measure whether it helped (chapter 13), and
+# to ask what else can be done with such a model (chapter 14).
 #
 # ## What it cost
 #
-# Each checkpoint says of itself how it was made. Nothing below is typed in by hand.
+# Each checkpoint says of itself how it was made. Of all numbers below, only the two of GPT-3 are typed
+# in by hand.
 
 # %%
 for stage, (_, _, about) in found.items():
@@ -247,6 +249,7 @@ if tokens_read:
 # **1. Surprise.** Write a function that takes a text and returns how surprised the model is by each
 # token: minus the logarithm, base 2, of the probability that it gave to the token that came. Which of
 # "The cat jumped over the fence." and "The cat jumped over the senate." surprises it more at the end?
+# (A word can be two tokens. Their surprises add up.)
 
 
 # %% tags=["solution"]

@@ -39,9 +39,12 @@ from torch import Tensor
 # Each pixel of the display is a number: 1 is white, −1 is black. A picture is nine numbers, row by
 # row. They are all that the network will ever see.
 #
-# One habit to get used to: the name of a table of numbers ends in letters that say what its rows
-# and columns are. `clean_BP` has one row for each picture of a **b**atch and one column for each
-# **p**ixel. `C` stands for the classes, that is, the four symbols.
+# We keep numbers in PyTorch's **tensors**. A tensor is a table of numbers that may have any number of
+# axes: a list has one, a table of rows and columns has two, a stack of such tables has three.
+#
+# One habit to get used to: the name of a tensor ends in letters that say what its axes are.
+# `clean_BP` has one row for each picture of a **b**atch and one column for each **p**ixel. `C` stands
+# for the classes, that is, the four symbols.
 
 # %%
 import itertools
@@ -129,7 +132,9 @@ for vote in (-5.0, -1.0, -0.1, 0.0, 0.1, 1.0, 5.0):
 # ## A layer: four votes at once
 #
 # Four symbols need four neurons, one each. Their weights are the rows of a matrix, and one matrix
-# product counts all votes for all pictures. This is a **layer**.
+# product, `@`, counts all votes for all pictures. It multiplies each row on the left with each
+# *column* on the right, place by place, and adds up. So the rows of weights are turned into columns
+# first: that is `.T`. All of this together is a **layer**.
 #
 # The four sums are called **logits**. To read them as probabilities, make them positive (e to the
 # power of the logit) and let them add up to one (divide by their sum). That is the **softmax**.
@@ -154,8 +159,9 @@ torch.testing.assert_close(shares_C, logits_BC[3].softmax(dim=0))
 #
 # Take the probability that it gave to the right symbol. If that was 1, the loss is 0. The smaller
 # it was, the larger the loss. Minus the logarithm does this, and it has a meaning: how *surprised*
-# the network was by the truth. The mean over all pictures is the **cross-entropy**. You will meet
-# it in every chapter to come; a chatbot is trained with it too.
+# the network was by the truth. (We take the natural logarithm; its unit is called a **nat**.) The mean
+# over all pictures is the **cross-entropy**. You will meet it again and again; a chatbot is trained
+# with it too.
 
 # %%
 for probability in (1.0, 0.9, 0.5, 0.25, 0.01):
@@ -331,7 +337,9 @@ assert int((one_layer_B == both_B).sum()) <= 5
 # is all one colour"), and then let the hints vote. Between the two stands the squashing function.
 # A layer whose output you don't look at is called **hidden**, and our network has two of them.
 #
-# Without squashing, it would be for nothing: a vote of votes is only another vote.
+# Without squashing, it would be for nothing: a vote of votes is only another vote. (In the names from
+# here on, `I` counts the **i**nputs of a layer and `O` its **o**utputs. What one layer puts out, the
+# next takes in.)
 
 # %%
 first_IP, second_CI = torch.randn(8, 9, generator=draw), torch.randn(4, 8, generator=draw)

@@ -176,7 +176,7 @@ def write(
 
 # %%
 for order in (1, 2, 4, 6):
-    model = NGram(train_texts, order, k=1e-4)
+    model = NGram(train_texts, order, k=1e-7)  # next to nothing: it shall only write what it saw
     told = write(model.next_byte, b"The ", 60 if FAST else 120, torch.Generator().manual_seed(0))
     print(f"order {order}: {told!r}")
 
@@ -360,7 +360,7 @@ picture("02_orders", draw_orders)
 #
 # $$c' = f \cdot c + i \cdot g \qquad h' = o \cdot \tanh(c')$$
 #
-# Look at the first formula. A line with $f = 1$ and $i = 0$ stays just as it is, for as long as you
+# (The dash marks the new value.) Look at the first formula. A line with $f = 1$ and $i = 0$ stays just as it is, for as long as you
 # like, and its slope comes back unharmed.
 
 
@@ -394,9 +394,15 @@ torch.testing.assert_close(c_BD, notes_1BD[0])
 print("your cell and PyTorch's agree")
 
 # %% [markdown]
-# The model around it is small: a table with a vector for each byte (chapter 04 has more on such
-# tables), the LSTM, and a layer that turns the state into 256 logits. A zero byte stands before
-# each text.
+# From here on PyTorch does by itself what you did by hand in chapter 01. `nn.Linear` is a layer of
+# votes. An `nn.Module` is a network: it knows its parts and their weights. `loss.backward()` is
+# backpropagation, and leaves each weight its slope. An **optimizer** takes the step (`step`), and
+# forgets the old slopes before the next one (`zero_grad`). A list of all slopes is a **gradient**.
+#
+# The model around the LSTM is small: a table with a vector for each byte (`nn.Embedding`; chapter 04
+# has more on such tables), the LSTM, and a layer that turns the state into 256 logits. A zero byte
+# stands before each text. In the names, `T` is time, the places of a text, `D` the width of the state,
+# and `V` the size of the alphabet.
 
 
 # %% tags=["export"]
@@ -430,10 +436,11 @@ class LSTMModel(nn.Module):
 
 
 # %% [markdown]
-# Training is chapter 01's loop. Three things are new. The texts stand in one long row, cut into 16
+# Training is chapter 01's loop. Three things are new. The texts stand in one long row, cut into
 # strips that are read side by side, a stretch at a time. The state is carried from stretch to
 # stretch, but the slopes are not: they go back to the beginning of the stretch and stop (`detach`).
-# And the steps are Adam's, which chapter 07 builds.
+# And the steps are Adam's, smaller and smaller ones, with a limit on how long a gradient may be;
+# chapter 07 builds all of this.
 
 
 # %% tags=["export"]
@@ -477,7 +484,7 @@ def train_lstm(
 torch.manual_seed(0)
 lstm = LSTMModel(32 if FAST else 160)
 begin = time.perf_counter()
-lstm_losses = train_lstm(lstm, train_texts, epochs=2 if FAST else 6, rate=2e-2 if FAST else 6e-3)
+lstm_losses = train_lstm(lstm, train_texts, epochs=1 if FAST else 6, rate=2e-2 if FAST else 6e-3)
 print(f"{sum(p.numel() for p in lstm.parameters()):,} weights, {len(lstm_losses)} steps, ", end="")
 print(f"{time.perf_counter() - begin:.0f} s")
 print(repr(write(lstm.next_byte, b"The ", 60 if FAST else 200, torch.Generator().manual_seed(0))))
@@ -576,7 +583,7 @@ draw = random.Random(0)
 torch.manual_seed(0)
 player = LSTMModel(64, embedding=16)
 optimizer = torch.optim.Adam(player.parameters(), lr=5e-3)
-for _step in range(100 if FAST else 500):
+for _step in range(30 if FAST else 500):
     rows_BT = torch.tensor([list(row) for row in riddles(64, draw.randint(1, LONGEST), draw)])
     logits_BTV, _ = player(F.pad(rows_BT[:, :-1], (1, 0)))
     loss = F.cross_entropy(logits_BTV[:, -1], rows_BT[:, -1])
@@ -896,7 +903,8 @@ print(
 #
 # ## The table
 #
-# One text, one measure. The table lies in `runs/book/`, and later chapters add their rows.
+# One text, one measure. The table lies in `runs/book/`, and chapters 06 and 07 add their rows. (A
+# fast trial run of this chapter writes into a table of its own.)
 
 
 # %% tags=["export"]
@@ -914,8 +922,9 @@ def add_row(
 
 
 # %%
+path = f"runs/book/bits_per_byte{'_fast' if FAST else ''}.json"
 for name, bits in test_bits.items():
-    table = add_row(name, bits)
+    table = add_row(name, bits, path)
 for name, bits in table.items():
     print(f"{name:>24} {bits:6.3f} bits per byte, perplexity {2**bits:6.1f}")
 

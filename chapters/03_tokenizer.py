@@ -26,8 +26,8 @@
 # 4. the `Tokenizer` of this book, with pieces that nobody can type;
 # 5. a tokenizer of your own, and a look at what each language pays.
 #
-# **What you need:** chapter 01 for the habit of reading such pages; no mathematics. The code runs in
-# well under a minute; take an hour to read.
+# **What you need:** chapter 01 for the habit of reading such pages; no mathematics. (Exercise 2 uses
+# the measure of chapter 02.) The code runs in well under a minute; take an hour to read.
 
 # %% tags=["export"]
 import hashlib
@@ -408,7 +408,10 @@ for other in stories()[1:20]:
 # model's mouth.
 #
 # So a few ids are **control pieces**. They have names, to print them, but no text stands for them.
-# Encoding never gives their ids, even when somebody types the name letter by letter.
+# Encoding never gives their ids, even when somebody types the name letter by letter. `<|bos|>` begins a
+# document ("beginning of sequence") and `<|end|>` ends it, or a turn of a chat. The next three say whose
+# turn it is. `<|pad|>` fills up short rows of a batch, and `<|unk|>`, for the unknown, is never needed
+# here: what is unknown becomes bytes.
 
 # %%
 print(CONTROL_PIECES)
@@ -559,18 +562,18 @@ corpus = [document.text for document in documents if split_of(document.id) == "t
 if not FAST:
     talks = [talk for talk in dialogues() if split_of(talk.id) == "train"]
     corpus += [message.content for talk in talks for message in talk.messages]
-test_text = "\n".join(d.text for d in documents if split_of(d.id) == "validation")
+unseen_text = "\n".join(d.text for d in documents if split_of(d.id) == "validation")
 print(f"trained on {sum(len(text) for text in corpus):,} letters")
 print("pieces   bytes a token   the word 'yesterday'")
 table = {}
 for size in (512, 1024) if FAST else (512, 1024, 2048, 4096):
     table[size] = Tokenizer(train_sentencepiece(corpus, size))
-    tokens = table[size].encode(test_text)
+    tokens = table[size].encode(unseen_text)
     word = " ".join(table[size].piece(i) for i in table[size].encode(" yesterday"))
-    print(f"{size:6,}   {len(test_text.encode()) / len(tokens):13.2f}   {word}")
+    print(f"{size:6,}   {len(unseen_text.encode()) / len(tokens):13.2f}   {word}")
 
 # %% tags=["test"]
-lengths = [len(tokenizer.encode(test_text)) for tokenizer in table.values()]
+lengths = [len(tokenizer.encode(unseen_text)) for tokenizer in table.values()]
 assert lengths == sorted(lengths, reverse=True)  # more pieces, fewer tokens
 
 # %% [markdown]
@@ -680,7 +683,7 @@ print("the bytes:  ", [shipped.token_bytes(i) for i in fox])
 assert shipped.decode(fox) == "🦊" != "".join(shipped.decode([i]) for i in fox)
 
 # %% [markdown]
-# Chapter 8 builds on `token_bytes`: it holds bytes back until a character is whole.
+# Chapter 08 builds on `token_bytes`: it holds bytes back until a character is whole.
 #
 # ## Exercises
 #
@@ -697,7 +700,7 @@ assert shipped.encode(longest.replace(SPACE, " ")) and len(longest) > 10
 
 # %% [markdown]
 # **2.** Two models with different tokenizers can't be compared by their loss a token: the one with
-# longer tokens has the harder guess. Compare them by **bits per byte**. Write
+# longer tokens has the harder guess. Compare them by chapter 02's **bits per byte**. Write
 # `bits_per_byte(nats_per_token, bytes_per_token)`. (A nat is $1/\ln 2$ bits.) Which is better: a
 # loss of 3.0 at 4.0 bytes a token, or 2.5 at 3.0?
 

@@ -25,7 +25,7 @@
 # 4. **sentence vectors**, and a search for the sentence that means nearly the same;
 # 5. **positions**: waves, learned rows, and the rotation that our GPT uses, in a race.
 #
-# **What you need:** chapters 01 and 03. The code runs in well under a minute; take an hour to read.
+# **What you need:** chapters 01 to 03. The code runs in well under a minute; take an hour to read.
 
 # %% tags=["export"]
 import torch
@@ -209,8 +209,8 @@ for word in ("mother", "red", "seven", "morning", "cat", "sang"):
         print(f"{word:>8}: " + ", ".join(f"{names[row]} {score:.2f}" for row, score in found))
 
 # %% [markdown]
-# Nobody told this program what a number, a family or a color is. It read a few hundred thousand
-# tokens, no more than a shelf of children's books, so expect odd guests among the neighbours.
+# Nobody told this program what a number, a family or a colour is. It read the tokens that were
+# counted above, no more than a shelf of children's books, so expect odd guests among the neighbours.
 #
 # Don't trust a few well-chosen words. Measure. The next cell has a list of related pairs, written
 # down before looking, and asks how often the partner is nearer than a random word. Chance is one
@@ -242,8 +242,8 @@ assert score > 0.8
 # Tokens after which the same things follow are pushed to the same place, since the same guess is
 # right after both.
 #
-# The shipped base model has read thousands of times more than this chapter can. So borrow its table
-# for the rest of this part. (How it was trained is chapter 07.)
+# The shipped base model has read far more than this chapter can. So borrow its table for the rest of
+# this part. (How it was trained is chapter 07.)
 
 # %%
 shipped = checkpoint.load(checkpoint.find("base"))
@@ -256,6 +256,7 @@ base_words = [
 base_names = [word for word, _ in base_words]
 base_row = {word: row for row, word in enumerate(base_names)}
 base_VD = everything_VD[[id for _, id in base_words]]
+print(f"it read {shipped.info.lineage['tokens'] / len(ids_T):,.0f} times as many tokens")
 print(f"{tuple(everything_VD.shape)} numbers, {len(base_names):,} of the rows are whole words")
 
 mean_D = base_VD.mean(dim=0)
@@ -296,12 +297,13 @@ assert by_table["the shipped model's"] > 0.9
 #
 # You can't look at hundreds of directions. But you can ask for the two along which a handful of words
 # lies spread out most, and draw those. This is **principal component analysis**, and it is the
-# singular value decomposition once more. Most of what there is gets lost, as on any map.
+# singular value decomposition once more. The squares of its sizes say how much of the spread each
+# direction holds. Most of what there is gets lost, as on any map.
 
 # %%
 GROUPS = {
     "family": "mother father sister brother uncle aunt daughter son grandmother grandfather",
-    "colors": "red blue green yellow black white brown pink",
+    "colours": "red blue green yellow black white brown pink",
     "numbers": "two three four five six seven eight nine ten twelve",
     "animals": "dog cat bird mouse horse rabbit bear fox duck fish",
     "past": "walked ran jumped went came looked climbed turned",
@@ -335,7 +337,7 @@ assert on_the_map > 0.5 > by_luck
 
 
 # %%
-# alt: Words as points in two dimensions: family, colors, numbers, animals, verbs form clusters.
+# alt: Words as points in two dimensions: family, colours, numbers, animals, verbs form clusters.
 def draw_map(plt):
     figure, axis = plt.subplots(figsize=(8, 6))
     for number, (group, members) in enumerate(grouped.items()):
@@ -458,8 +460,8 @@ picture("04_analogies", draw_analogies)
 
 # %% [markdown]
 # Read it honestly. Grammar (*walk* to *walked*, *big* to *bigger*) is a direction: far better than
-# the lazy answer. In *family*, the lazy answer is nearly as good, so the step adds little: the
-# partner simply lives next door. And opposites are no direction at all. Why should they be? From
+# the lazy answer. In *family*, look how near the lazy answer comes: where the partner simply lives
+# next door, the step adds little. And opposites are no direction at all. Why should they be? From
 # *hot* to *cold* and from *big* to *small*: what do these two steps have in common?
 #
 # ## A bag of words
@@ -664,7 +666,8 @@ print("the waves go on:", tuple(sinusoidal_positions(100_000, 64).shape))
 # counts: turn both by the same amount and nothing changes.
 #
 # That's the whole trick. Three places further along, both tokens have turned by the same extra
-# angle. So their dot product only knows the distance.
+# angle. So their dot product only knows the distance. (In the cell, the token that compares is called
+# the *query*, and the one that it looks at the *key*; chapter 05 says why.)
 
 
 # %%
