@@ -12,3 +12,16 @@ new MutationObserver(() => {
   for (const bar of document.querySelectorAll("nav.md-code__nav:not([role])"))
     bar.setAttribute("role", "presentation");
 }).observe(document.documentElement, { childList: true, subtree: true });
+
+// Tables that are wider than the screen scroll: the keyboard must get there. The theme wraps them when
+// the page has loaded.
+const scrolling = new ResizeObserver((entries) => {
+  for (const { target } of entries)
+    if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
+    else target.removeAttribute("tabindex");
+});
+const wrapped = new WeakSet();
+new MutationObserver(() => {
+  for (const wrap of document.querySelectorAll(".md-typeset__scrollwrap"))
+    if (!wrapped.has(wrap)) (wrapped.add(wrap), scrolling.observe(wrap));
+}).observe(document.documentElement, { childList: true, subtree: true });

@@ -1,4 +1,4 @@
-"""`python -m tinychat.book export | check | where PLACE | run CHAPTER | notebooks`."""
+"""`python -m tinychat.book export | check | where PLACE | run CHAPTER | notebooks | curve`."""
 
 import argparse
 import os
@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinychat.book import check, export, notebooks, where
+from tinychat.book import check, curves, export, notebooks, where
 from tinychat.book.chapter import BookError
+from tinychat.runtime.errors import DataError
 
 
 def find_root() -> Path:
@@ -46,8 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the chapter")
     books = commands.add_parser("notebooks", help="write every chapter as a Jupyter notebook")
     books.add_argument("--out", type=Path, default=Path("notebooks"), help="folder (notebooks)")
+    curve = commands.add_parser("curve", help="keep a PPO run's metrics for the site's playground")
+    curve.add_argument("metrics", type=Path, help="runs/NAME/metrics.jsonl of `tinychat train ppo`")
+    curve.add_argument("--title", required=True, help="the run's name on the page")
+    curve.add_argument("--about", required=True, help="a sentence or two: what became of it")
+    curve.add_argument("--out", type=Path, required=True, help=f"{curves.FOLDER}/ppo-3.json")
     options = parser.parse_args(argv)
     try:
+        if options.command == "curve":
+            print(curves.write(options.metrics, options.title, options.about, options.out))
+            return 0
         root = options.root or find_root()
         if options.command == "run":
             return run_chapter(root, options.chapter, options.arguments)
@@ -66,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             done, problems = export.export(root)
             print("\n".join(done) or "nothing to write: the package is up to date")
             summary = f"{len(problems)} problem(s)" if problems else ""
-    except BookError as error:
+    except (BookError, DataError) as error:
         print(error, file=sys.stderr)
         return 2
     for problem in problems:

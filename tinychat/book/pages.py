@@ -1,8 +1,7 @@
-"""Pages that no chapter holds: the package's reference, and the card of the shipped models."""
+"""Pages that no chapter holds: the package's reference."""
 
 import ast
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from tinychat.book.chapter import Chapter
 from tinychat.book.export import Module
@@ -64,13 +63,6 @@ def reference_index(chapters: Sequence[Chapter]) -> str:
             "",
         ]
     )
-
-
-def model_card(root: Path) -> str:
-    """Return the card of the shipped models, made from the files' own metadata."""
-    from tinychat.cli.card import card
-
-    return card(root / "checkpoints")
 
 
 def public_names(module: Module) -> Iterator[tuple[str, int]]:

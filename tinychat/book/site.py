@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tinychat.book import cache, pages, vendor, widgets
+from tinychat.book import cache, cards, pages, report, vendor, widgets
 from tinychat.book.chapter import BookError, Chapter, chapter_paths, load
 from tinychat.book.execute import execute
 from tinychat.book.notebooks import dump, installer, notebook
@@ -53,13 +53,19 @@ def on_config(config: Any) -> Any:
                 *({f"tinychat.{c.module}": f"api/{c.module}.md"} for c in chapters if c.exported),
             ]
         },
-        {"The models": [{"Model card": "model_card.md"}, *there(MORE)]},
+        {
+            "The models": [
+                {"Report card": "report_card.md"},
+                {"Model cards": "model_card.md"},
+                *there(MORE),
+            ]
+        },
     ]
     return config
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages that are made: chapters with their outputs, reference, model card."""
+    """Add the pages that are made: chapters with their outputs, reference, cards."""
     from mkdocs.exceptions import PluginError
     from mkdocs.structure.files import File
 
@@ -74,7 +80,9 @@ def on_files(files: Any, config: Any) -> Any:
         for chapter in chapters:
             if chapter.exported:
                 made[f"api/{chapter.module}.md"] = pages.reference(chapter)
-        made["model_card.md"] = pages.model_card(root)
+        shipped, stems = root / "checkpoints", [pages.stem(chapter) for chapter in chapters]
+        made["report_card.md"] = link_chapters(report.report_card(shipped), stems, "")
+        made["model_card.md"] = link_chapters(cards.model_cards(shipped), stems, "")
         texts = [
             path.read_text(encoding="utf-8") for path in Path(config.docs_dir).glob("*.[mp][dy]")
         ]
@@ -103,7 +111,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
-    """Set the formulas of a page, and keep code out of the search."""
+    """Set the formulas of a page, keep code out of the search, and let the keyboard scroll."""
     from mkdocs.exceptions import PluginError
 
     # People search for words. With all code and all outputs the index, which each page loads, would
@@ -111,6 +119,9 @@ def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
     content = re.sub(
         r'<div class="([^"]*\bhighlight)"', r'<div data-search-exclude class="\1"', content
     )
+    # A long output scrolls in a frame of its own; an empty corner of a table is nobody's heading.
+    content = re.sub(r"(<div [^>]*\blong\b[^>]*>\s*<pre)", r'\1 tabindex="0"', content)
+    content = re.sub(r"<th([^>]*)></th>", r"<td\1></td>", content)
     found = [(html.unescape(m[2])[2:-2].strip(), m[1] == "div") for m in MATH.finditer(content)]
     if not found:
         return content

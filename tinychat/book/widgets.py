@@ -1,5 +1,5 @@
-"""Numbers for the widgets, from the shipped tokenizer and model: data for their scripts, and a
-table for readers without scripts.
+"""Numbers for the widgets, from the shipped tokenizer and models and from the metrics of real runs:
+data for their scripts, and a table for readers without scripts.
 
 A page asks for one with a comment, `<!-- widget: merges -->`, which Jupyter doesn't show. The
 scripts lie in chapters/assets/widgets and are written by hand.
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tinychat.book import cache
+from tinychat.book import cache, curves
 
 PLACE = re.compile(r"^<!-- widget: ([a-z]+) -->$", re.M)
 DATA = {
@@ -22,12 +22,14 @@ DATA = {
     "sampling": "distributions",
     "pixels": "network",
     "attention": "attention",
+    "ppo": "runs",
 }
 TITLES = {
     "merges": "Try it: join pieces step by step",
     "sampling": "Try it: temperature, top-k and top-p",
     "pixels": "Try it: click the pixels",
     "attention": "Try it: where a token looks",
+    "ppo": "Try it: what a run paid for its marks",
 }
 EXAMPLE = "The unhappiest baker"
 PROMPTS = ("The cat jumped over the", "Once upon a time, there was a", "I don't like")
@@ -61,6 +63,8 @@ def make(root: Path, folder: Path, names: Iterable[str]) -> dict[str, dict[str, 
     key = cache.digest(root, [Path(__file__).read_text(encoding="utf-8")])
 
     def made(name: str) -> dict[str, Any]:
+        if name == "ppo":
+            return curves.playground(root)  # read, not computed: nothing to keep
         return cache.kept(folder / f"widget-{name}.json", key, lambda: makers[name](root))
 
     return {name: made(name) for name in sorted(names)}
