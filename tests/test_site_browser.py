@@ -302,6 +302,7 @@ def test_the_ppo_widget_follows_its_sliders(ppo):
             assert tiles["KL, nats a reply"].replace("−", "-") == f"{at['kl']:.2f}"
             assert tiles["tokens a reply"] == f"{at['length']:.0f}"
             assert tiles["repeated"] == f"{100 * at['repetition']:.1f} %"
+            assert tiles["distinct-2 of the step"] == f"{at['distinct_2']:.2f}"
             assert tiles["clipped"] == f"{100 * at['clip_fraction']:.2f} %"
             assert len(tiles) == len(run["columns"]) - 1
         box.get_by_role("button", name="Go to step").click()

@@ -23,6 +23,7 @@ COLUMNS = {
     "kl": 3,
     "length": 1,
     "repetition": 4,
+    "distinct_2": 3,
     "entropy": 3,
     "clip_fraction": 5,
     "beta": 4,
@@ -111,7 +112,8 @@ def best(run: Curve, beta: float) -> int:
 def playground(root: Path) -> dict[str, Any]:
     """Return the widget's data, and a table of a few steps for readers without scripts."""
     runs = load(root / FOLDER)
-    rows = [["run", "step", "KL, nats a reply", "mark", "tokens a reply", "repeated", "entropy"]]
+    head = ["run", "step", "KL, nats a reply", "mark", "tokens a reply", "distinct-2", "entropy"]
+    rows = [head]
     for run in runs:
         smoothed = {name: smooth(column(run, name)) for name in COLUMNS}
         steps = len(run["rows"])
@@ -124,7 +126,7 @@ def playground(root: Path) -> dict[str, Any]:
                     f"{at['kl']:.2f}",
                     f"{at['score']:.2f}",
                     f"{at['length']:.0f}",
-                    f"{at['repetition']:.1%}",
+                    f"{at['distinct_2']:.2f}",
                     f"{at['entropy']:.2f}",
                 ]
             )

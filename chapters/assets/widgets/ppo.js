@@ -30,6 +30,7 @@
     ["kl", "KL, nats a reply", (x) => x.toFixed(2)],
     ["length", "tokens a reply", (x) => x.toFixed(0)],
     ["repetition", "repeated", (x) => `${(100 * x).toFixed(1)} %`],
+    ["distinct_2", "distinct-2 of the step", (x) => x.toFixed(2)],
     ["entropy", "entropy, nats a token", (x) => x.toFixed(2)],
     ["clip_fraction", "clipped", (x) => `${(100 * x).toFixed(2)} %`],
     ["beta", "β of the run", (x) => x.toFixed(3)],
