@@ -1550,7 +1550,7 @@ assert abs(speed_up(0.8, 4, 0.1) - (1 - 0.8**5) / 0.2 / 1.4) < 1e-12
 #
 # It is chapter 11's loss with a policy in the place of the reward model. No rollouts, no value
 # head. What it gives up: it learns only from replies that somebody else wrote, and never finds out
-# what its own new ones are worth.
+# what its own new ones are worth. Exercise 4 of chapter 12 builds it.
 #
 # **Agents.** The loop around the calculator, with more tools and more rounds: search, read, write a
 # file, run the tests, look at the result, go on. All that you learned about strangers' text counts
