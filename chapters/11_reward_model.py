@@ -99,6 +99,7 @@ from tinychat.data.preferences import (
     prompt_key,
 )
 from tinychat.data.records import Message
+from tinychat.dialogue import render_prompt
 from tinychat.generation import Sampling
 from tinychat.gpt import load_model, nano
 from tinychat.runtime.search import find_first
@@ -1081,6 +1082,84 @@ print(f"the two means agree: correlation {float(torch.corrcoef(torch.stack(means
 # average. `tinychat train reward --average FILE` does this with an earlier reward model, so that a
 # new round of training doesn't forget what the last one knew.
 #
+# ## Does it fit the question?
+#
+# Look back at the line *own or foreign*. A small reward model hardly learns to read the question, even
+# from examples that ask for nothing else. But you have a model that was trained on exactly this: the
+# chat model. It knows which reply is *likely* behind which question. How much likelier is a reply
+# behind its own question than behind a blank one? In nats a token, that is the **pointwise mutual
+# information** of question and reply (Li et al. 2016). "I don't know. Tell me what you'd like." is as
+# likely behind anything, and gets about zero.
+
+
+# %% tags=["export"]
+@torch.no_grad()
+def question_fit(
+    gpt: GPT,
+    prompts: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
+    blank: Sequence[int],
+    pad: int,
+    batch: int = 32,
+) -> Tensor:
+    """Return how well each reply fits its prompt, `[N]`, in nats a token of the reply.
+
+    By a chat model: log p(reply | prompt) - log p(reply | blank prompt) (Li et al. 2016).
+    """
+    order = sorted(range(len(replies)), key=lambda n: len(prompts[n]) + len(replies[n]))
+    fit_N = torch.zeros(len(replies))
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        for sign, before in ((1, [prompts[n] for n in rows]), (-1, [blank] * len(rows))):
+            texts = [[*head, *replies[n]] for head, n in zip(before, rows, strict=True)]
+            ids_BT, last_B = right_padded(texts, pad)
+            places_T = torch.arange(ids_BT.shape[1])
+            first_B = torch.tensor([len(head) for head in before])
+            # The vector at one place predicts the token at the next.
+            asked_BT = (places_T >= first_B[:, None] - 1) & (places_T < last_B[:, None])
+            rows_N, _ = asked_BT.nonzero(as_tuple=True)
+            h_ND = gpt.hidden(ids_BT.to(gpt.device))[asked_BT.to(gpt.device)].float()
+            next_N = ids_BT.roll(-1, 1)[asked_BT].to(gpt.device)
+            logprobs_NV = (h_ND @ gpt.embed.weight.float().T).log_softmax(-1)
+            logprobs_N = logprobs_NV.gather(1, next_N[:, None])[:, 0].cpu()
+            sums_B = torch.zeros(len(rows)).index_add(0, rows_N, logprobs_N)
+            fit_N[rows] += sign * sums_B / (last_B - first_B + 1)
+    return fit_N
+
+
+# %%
+blank = render_prompt((Message("user", "..."),), tokenizer, context=SEQUENCE, reserve=8)
+
+
+def fits_in(groups: Sequence[Group]) -> list[list[float]]:
+    """The fit of every reply, group by group."""
+    prompts = [group.tokens[0][: group.start] for group in groups for _ in group.tokens]
+    replies = [tokens[group.start :] for group in groups for tokens in group.tokens]
+    return regroup(question_fit(sft, prompts, replies, blank, PAD), groups)
+
+
+fit_of = fits_in(others)
+own_fit = torch.tensor([one[0] for one in fit_of])
+foreign_fit = torch.tensor([value for one in fit_of for value in one[1:]])
+print(f"nats a token: own replies {own_fit.mean():+.2f}, foreign ones {foreign_fit.mean():+.2f}")
+print(
+    f"own or foreign: {accuracy(judge(others, fit_of)):.0%} right by fit, {accuracy(fits):.0%} by marks"
+)
+print(f"ranked replies: {accuracy(judge(held_out, fits_in(held_out))):.0%} right by fit")
+
+# %% tags=["test"]
+some = others[0]
+alone = question_fit(
+    sft, [some.tokens[0][: some.start]], [some.tokens[0][some.start :]], blank, PAD
+)
+assert abs(float(alone) - fit_of[0][0]) < 1e-4, "neighbours in the batch change nothing"
+assert question_fit(sft, [blank], [some.tokens[0][some.start :]], blank, PAD).abs() < 1e-4
+
+# %% [markdown]
+# Fit tells whether a reply belongs to the question, and next to nothing about how good it is. So it must
+# not become a goal: the best-fitting reply hands the question back. Chapter 12 uses it as a *condition*.
+# A reply that fits worse than written ones do loses marks, and one that fits better gains nothing.
+#
 # ## Does it mean what it says?
 #
 # A difference of two marks stands for a probability: that is how the loss reads it. So you can ask: of
@@ -1553,6 +1632,8 @@ assert abs(p * p + (1 - p) ** 2 - 0.75) < 1e-9 and majority > p
 #   beside a deep one.
 # - M. Henderson et al.: [Efficient Natural Language Response Suggestion for Smart
 #   Reply](https://arxiv.org/abs/1705.00652) (2017). Other people's replies as the wrong ones.
+# - J. Li et al.: [A diversity-promoting objective function for neural conversation
+#   models](https://arxiv.org/abs/1510.03055) (2016). Mutual information against "I don't know".
 # - T. Coste, U. Anwar, R. Kirk, D. Krueger: [Reward model ensembles help mitigate
 #   overoptimization](https://arxiv.org/abs/2310.02743) (2023).
 # - A. Ramé et al.: [WARM: On the benefits of weight averaged reward

@@ -1456,6 +1456,11 @@ for beta, curve_of in hacked.items():
 # What helps? A higher beta stops the policy earlier. So does stopping in time. Both need somebody
 # who looks at the truth: another judge, kept out of the training, or people.
 #
+# It helps, too, not to make everything a goal. A *condition* can be met and then pays nothing more, so
+# there is nothing to run after. Ours has one: a reply that fits its question worse than written replies
+# do (`question_fit`, chapter 11) loses marks; one that fits better gains none. Without it, a policy of
+# ours found that "I don't know. Tell me what you'd like." pleases the reward model everywhere.
+#
 # Here are the real runs of our lab notes, with a chat model and a reward model of ours. Drag the step
 # along the run, then drag beta: how far would the run have gone if each nat had cost that much?
 #

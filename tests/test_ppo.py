@@ -14,7 +14,10 @@ from typer.testing import CliRunner
 
 from tinychat import ppo
 from tinychat.cli.app import app
+from tinychat.cli.fit import with_fit, written_replies
 from tinychat.data import tokenizer_model
+from tinychat.data.records import Message
+from tinychat.dialogue import render_prompt
 from tinychat.gpt import GPT, GPTConfig, load_model, save_model
 from tinychat.ppo import (
     ActorCritic,
@@ -41,7 +44,7 @@ from tinychat.ppo import (
     value_loss,
     whiten,
 )
-from tinychat.reward_model import RewardModel, save_reward
+from tinychat.reward_model import RewardModel, question_fit, save_reward
 from tinychat.runtime.checkpoint import file_sha256, read_info
 from tinychat.runtime.errors import ConfigError, DataError, TinychatError
 from tinychat.runtime.metrics import read_metrics
@@ -651,6 +654,7 @@ def test_a_judge_looks_on_and_is_no_teacher(here):
         ),
         (["--from", "base.safetensors", "--minutes", "1"], "is a base model"),
         (["--minutes", "0"], "--minutes is 0"),
+        (["--minutes", "1", "--fit", "-1"], "--fit is -1"),
         ([], "How long? Give a budget"),
         (["--minutes", "1", "--set", "max_tokens=400"], "No prompt is short enough"),
         (["--minutes", "1", "--reward", "sft.safetensors"], "gives no marks"),
@@ -664,6 +668,28 @@ def test_mistakes_are_told_in_a_sentence(here, words, told):
     assert result.exit_code == 2, result.output
     assert told in " ".join(result.stderr.replace("│", " ").split())
     assert not Path("runs/ppo").exists()
+
+
+def test_what_fits_worse_than_written_replies_loses_and_nothing_gains(here):
+    gpt, pieces, _ = load_model("sft.safetensors")
+    with torch.no_grad():
+        for weight in gpt.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.3)
+    prompts, replies = written_replies(pieces, 120)
+    assert 20 < len(prompts) == len(replies) <= 300
+    assert all(len(p) + len(r) <= 120 for p, r in zip(prompts, replies, strict=True))
+
+    def marks(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
+        return torch.arange(float(len(replies)))
+
+    rewards = with_fit(marks, gpt, pieces, 2.0)(prompts, replies)
+    lost_N = marks(prompts, replies) - rewards
+    blank = render_prompt((Message("user", "..."),), pieces, context=160, reserve=8)
+    fit_N = question_fit(gpt, prompts, replies, blank, pieces.pad_id)
+    known_N = question_fit(gpt, *written_replies(pieces, 160), blank, pieces.pad_id)
+    expected_N = 2 * ((known_N.mean() - fit_N) / known_N.std()).clamp(min=0)
+    torch.testing.assert_close(lost_N, expected_N, atol=1e-3, rtol=1e-3)
+    assert bool((lost_N == 0).any()) and bool((lost_N > 0).any())
 
 
 def test_another_reward_file_than_the_run_began_with(here):

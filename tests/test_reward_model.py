@@ -39,6 +39,7 @@ from tinychat.reward_model import (
     length_correlation,
     load_reward,
     normalize,
+    question_fit,
     right_padded,
     save_reward,
     score,
@@ -362,6 +363,26 @@ def test_averaging_weights():
     assert torch.equal(score(again, texts(5), 0), score(stirred(0), texts(5), 0))
     with pytest.raises(ConfigError, match="same chat model"):
         average_weights(one, [stirred(0, replace(SHAPE, hidden=32))])
+
+
+def test_fit_is_the_difference_of_two_log_probs():
+    gpt = stirred(0).gpt
+    prompts = [[2, 5, 40, 3, 6], [2, 5, 41, 42, 43, 3, 6], [2, 5, 44, 3, 6]]
+    replies, blank = [[50, 51, 3], [52, 3], [53, 54, 55, 56]], [2, 5, 3, 6]
+
+    def by_hand(head: list[int], reply: list[int]) -> float:
+        logprobs_TV = gpt(torch.tensor([[*head, *reply]]))[0].log_softmax(-1)
+        places = range(len(head) - 1, len(head) + len(reply) - 1)
+        return sum(float(logprobs_TV[at, token]) for at, token in zip(places, reply, strict=True))
+
+    expected = [
+        (by_hand(prompt, reply) - by_hand(blank, reply)) / len(reply)
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
+    for batch in (1, 2, 32):
+        found = question_fit(gpt, prompts, replies, blank, 0, batch)
+        assert found.tolist() == pytest.approx(expected, abs=1e-4)
+    assert question_fit(gpt, [blank], [[50, 3]], blank, 0).tolist() == pytest.approx([0], abs=1e-5)
 
 
 # Learning

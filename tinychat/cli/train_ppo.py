@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinychat.cli.contestants import find_judge, load_judge
+from tinychat.cli.fit import with_fit
 from tinychat.cli.progress import clock, millions
 from tinychat.cli.runs import (
     budget_of,
@@ -65,6 +66,14 @@ def ppo(
             "are written beside the others, so that you see the reward being fooled.",
         ),
     ] = None,
+    fit: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            help="How much a reply loses that fits its question worse than written ones do; "
+            "0 for nothing.",
+        ),
+    ] = 1.0,
     minutes: Minutes = None,
     data: Data = None,
     resume: Resume = False,
@@ -85,6 +94,8 @@ def ppo(
     from tinychat.runtime.device import pick_device, set_threads
 
     # 1. Everything that can be wrong is found before the first minute is spent.
+    if not 0 <= fit < float("inf"):
+        raise ConfigError(f"--fit is {fit}; give 0 or a number above it.")
     if minutes is not None:
         check_minutes(minutes, resume)
     folder = run_folder(run, resume)
@@ -95,6 +106,7 @@ def ppo(
         if judge:
             record["judge"] = str(find_checkpoint(judge))
         record["sha256"] = {name: file_sha256(path) for name, path in record.items()}
+        record["fit"] = fit
     chosen = settings_of(record, settings, minutes)
     config = override(PPOConfig(), chosen)
     path = folder / "rlhf.safetensors"
@@ -158,6 +170,9 @@ def ppo(
     from tinychat.generation import make_generator, stop_ids
 
     marker, reference = marker.to(place), reference.to(place)
+    rewards = marks_of(marker)
+    if record.get("fit"):
+        rewards = with_fit(rewards, reference, pieces, record["fit"])
     tokens: dict[str, Any] = {"stop": stop_ids(pieces), "end": pieces.end_id, "pad": pieces.pad_id}
 
     def measure(gpt: GPT) -> tuple[list[list[int]], list[float], dict[str, float]]:
@@ -165,7 +180,7 @@ def ppo(
             ActorCritic(gpt),
             reference,
             held_out,
-            marks_of(marker),
+            rewards,
             config,
             beta=0.0,
             **tokens,
@@ -187,7 +202,7 @@ def ppo(
             policy,
             reference,
             prompts,
-            marks_of(marker),
+            rewards,
             config,
             folder,
             **tokens,
