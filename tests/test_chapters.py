@@ -14,34 +14,51 @@ from tinychat.book.check import check
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.py"))
 SECONDS = 240  # one chapter in its fast form takes seconds; a busy machine may need more
+FULL_SECONDS = 900  # in full, two minutes
 
 
 def test_the_book_and_the_package_agree():
     assert check(ROOT) == []
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_chapter_runs_as_a_script(path, tmp_path):
+def run(path: Path, folder: Path, seconds: float, **more: str) -> None:
+    """Run a chapter as a script in a folder; what it said is shown where it fails."""
     environment = os.environ | {
-        "TINYCHAT_FAST": "1",
-        "OMP_NUM_THREADS": "1",
         "MPLBACKEND": "Agg",
         "PYTHONPATH": str(ROOT),
         "PYTHONIOENCODING": "utf-8",
+        **more,
     }
-    # In a folder of its own: what a chapter leaves in runs/book/ must not meet another's.
     answer = subprocess.run(
         [sys.executable, str(path)],
-        cwd=tmp_path,
+        cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         errors="replace",
-        timeout=SECONDS,
+        timeout=seconds,
     )
     assert answer.returncode == 0, answer.stdout[-4000:]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_runs_as_a_script(path, tmp_path):
+    # In a folder of its own: what a chapter leaves in runs/book/ must not meet another's.
+    run(path, tmp_path, SECONDS, TINYCHAT_FAST="1", OMP_NUM_THREADS="1")
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("book")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_runs_in_full(path, chain):
+    """As a learner runs them: in order, in one folder, each going on from what others made."""
+    run(path, chain, FULL_SECONDS, TINYCHAT_FAST="")
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
