@@ -371,7 +371,7 @@ def test_fit_is_the_difference_of_two_log_probs():
     replies, blank = [[50, 51, 3], [52, 3], [53, 54, 55, 56]], [2, 5, 3, 6]
 
     def by_hand(head: list[int], reply: list[int]) -> float:
-        logprobs_TV = gpt(torch.tensor([[*head, *reply]]))[0].log_softmax(-1)
+        logprobs_TV = gpt(torch.tensor([[*head, *reply]]))[0].log_softmax(-1).detach()
         places = range(len(head) - 1, len(head) + len(reply) - 1)
         return sum(float(logprobs_TV[at, token]) for at, token in zip(places, reply, strict=True))
 
