@@ -300,7 +300,8 @@ def test_the_ppo_widget_follows_its_sliders(ppo):
             at = dict(zip(run["columns"], run["rows"][step - 1], strict=True))
             assert tiles["mark"].replace("−", "-") == f"{at['score']:.2f}"
             assert tiles["KL, nats a reply"].replace("−", "-") == f"{at['kl']:.2f}"
-            assert tiles["tokens a reply"] == str(int(at["length"] + 0.5))  # 26.5 is 27 to a browser
+            # To a browser 26.5 is 27, to Python 26.
+            assert tiles["tokens a reply"] == str(int(at["length"] + 0.5))
             assert tiles["repeated"] == f"{100 * at['repetition']:.1f} %"
             assert tiles["distinct-2 of the step"] == f"{at['distinct_2']:.2f}"
             assert tiles["clipped"] == f"{100 * at['clip_fraction']:.2f} %"
