@@ -312,6 +312,15 @@ def test_the_ppo_widget_follows_its_sliders(ppo):
         )
 
 
+def test_the_key_names_the_judge_only_where_one_looked_on(ppo):
+    box, runs = ppo
+    judged = ["judge" in run["columns"] for run in runs]
+    assert True in judged and False in judged
+    for run, one in zip(runs, judged, strict=True):
+        box.get_by_label("The run").select_option(run["title"])
+        assert box.get_by_text("another judge", exact=True).is_visible() == one
+
+
 def test_the_ppo_chart_lies_where_the_numbers_say(ppo):
     from tinychat.book import curves
 

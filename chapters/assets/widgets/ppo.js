@@ -208,13 +208,22 @@
       draw();
     });
     const key = element("p", { className: "key" });
-    const entry = (name, words) => key.append(element("span", {}, element("i", { className: name }), words));
+    const entry = (name, words) => {
+      const made = element("span", {}, element("i", { className: name }), words);
+      key.append(made);
+      return made;
+    };
     entry("dot", "a step");
     entry("proxy", `mean of ${2 * reach + 1} steps`);
     entry("now", "the step you chose");
     entry("stop", "where β stops");
     entry("same", "worth the same");
-    if (runs.some((one) => one.columns.includes("judge"))) entry("judge", "another judge");
+    const judged = entry("judge", "another judge"); // most runs had none
+    choice.addEventListener("input", showJudge);
+    function showJudge() {
+      judged.hidden = !runs[choice.selectedIndex].columns.includes("judge");
+    }
+    showJudge();
     box.replaceChildren(
       labelled("The run", choice),
       about,
