@@ -292,7 +292,8 @@ def faults(megabytes):
     torch.ones(megabytes * 2**18)  # float32, freed at once
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-print(faults(100), faults(100), faults(50))
+# A busy kernel may move pages about meanwhile: the best of some tries counts.
+print(faults(100), min(faults(100) for _ in range(5)), min(faults(50) for _ in range(5)))
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
