@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from tinychat.gpt import GPT, GPTConfig
+
 
 class ByteTokenizer:
     """Our seven control pieces, then the 256 bytes: `encode("A") == [7 + 65]`."""
@@ -32,6 +34,16 @@ class ByteTokenizer:
         if id < 7:
             return self.NAMES[id]
         return chr(id - 7) if 32 <= id - 7 < 127 else f"<0x{id - 7:02X}>"
+
+
+def stirred(shape: GPTConfig, seed: int = 0, by: float = 0.3) -> GPT:
+    """A GPT with opinions: the blocks of a fresh one change nothing."""
+    torch.manual_seed(seed)
+    model = GPT(shape)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=by)
+    return model
 
 
 class FakeCache:

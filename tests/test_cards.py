@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
+from fakes import stirred
 from typer.testing import CliRunner
 
 from tinychat.book import cards, report
 from tinychat.book.chapter import BookError
 from tinychat.cli.app import app
 from tinychat.data import tokenizer_model
-from tinychat.gpt import GPT, GPTConfig, save_model
+from tinychat.gpt import GPTConfig, save_model
 from tinychat.reward_model import RewardModel, save_reward
 from tinychat.runtime.checkpoint import file_sha256, read_info
 from tinychat.tokenizer import Tokenizer
@@ -33,15 +33,6 @@ REWARD = {
 SIDE = {"score": -0.447, "kl": 0.0, "entropy": 3.0, "length": 28.1, "ended": 0.94}
 
 
-def stirred(seed: int) -> GPT:
-    torch.manual_seed(seed)
-    model = GPT(SHAPE)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight), alpha=0.3)
-    return model
-
-
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> Path:
     """A folder with all four stages and a judge, tiny."""
@@ -54,14 +45,14 @@ def four(tmp_path_factory) -> Path:
     lineage = {"tokens": 5000, "steps": 7, "minutes": 90, "hardware": HARDWARE, "data": data}
     base = folder / "base.safetensors"
     bits = {"bits_per_byte": {"books": 1.25, "news": 0.75}, "storage_cost_percent": -0.05}
-    save_model(base, stirred(0), stage="base", lineage=lineage, metrics=bits, **common)
+    save_model(base, stirred(SHAPE, 0), stage="base", lineage=lineage, metrics=bits, **common)
     lineage |= {"parent_sha256": file_sha256(base), "ancestors": [{}], "settings": {"seed": 42}}
     sft = folder / "sft.safetensors"
-    save_model(sft, stirred(0), stage="sft", lineage=lineage, metrics={}, **common)
+    save_model(sft, stirred(SHAPE, 0), stage="sft", lineage=lineage, metrics={}, **common)
     for name, half in (("reward", "reward"), ("judge", "judge")):
         save_reward(
             folder / f"{name}.safetensors",
-            RewardModel(stirred(2)),
+            RewardModel(stirred(SHAPE, 2)),
             lineage={**lineage, "half": half},
             metrics=REWARD,
             **common,
@@ -70,7 +61,7 @@ def four(tmp_path_factory) -> Path:
     metrics = {"held_out_prompts": 96, "before": SIDE, "after": SIDE | {"score": 0.289, "kl": 2.29}}
     save_model(
         folder / "rlhf.safetensors",
-        stirred(1),
+        stirred(SHAPE, 1),
         stage="rlhf",
         lineage=lineage | marks | {"parent_sha256": "f" * 64},
         metrics=metrics,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import stirred
 from typer.testing import CliRunner
 
 from tinychat.cli.app import app
@@ -14,7 +15,7 @@ from tinychat.cli.blind import key_path, read_verdicts, tally, write_blind
 from tinychat.data import tokenizer_model
 from tinychat.data.records import Message
 from tinychat.evaluation import Answer
-from tinychat.gpt import GPT, GPTConfig, save_model
+from tinychat.gpt import GPTConfig, save_model
 from tinychat.reward_model import RewardModel, save_reward
 from tinychat.runtime.checkpoint import file_sha256, read_info
 from tinychat.tokenizer import Tokenizer
@@ -24,16 +25,6 @@ SHAPE = GPTConfig(
 )  # fmt: skip
 
 
-def stirred(seed: int) -> GPT:
-    """A tiny model with opinions: fresh ones say every token equally often."""
-    torch.manual_seed(seed)
-    model = GPT(SHAPE)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight), alpha=0.3)
-    return model
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     """Two chat models, the reward model that taught one of them, and a judge."""
@@ -41,12 +32,18 @@ def files(tmp_path_factory) -> Path:
     pieces = Tokenizer(tokenizer_model())
     common = {"tokenizer": pieces, "metrics": {"accuracy": 0.8}}
     lineage = {"tokens": 7, "half": "reward"}
-    save_reward(folder / "reward.safetensors", RewardModel(stirred(2)), lineage=lineage, **common)
+    save_reward(
+        folder / "reward.safetensors", RewardModel(stirred(SHAPE, 2)), lineage=lineage, **common
+    )
     lineage = {"tokens": 7, "half": "judge"}
-    save_reward(folder / "judge.safetensors", RewardModel(stirred(3)), lineage=lineage, **common)
-    save_model(folder / "sft.safetensors", stirred(0), stage="sft", lineage={"tokens": 7}, **common)
+    save_reward(
+        folder / "judge.safetensors", RewardModel(stirred(SHAPE, 3)), lineage=lineage, **common
+    )
+    save_model(
+        folder / "sft.safetensors", stirred(SHAPE, 0), stage="sft", lineage={"tokens": 7}, **common
+    )
     lineage = {"reward_sha256": file_sha256(folder / "reward.safetensors")}
-    model = stirred(0)
+    model = stirred(SHAPE, 0)
     with torch.no_grad():
         model.embed.weight.add_(torch.randn_like(model.embed.weight), alpha=0.1)
     save_model(folder / "rlhf.safetensors", model, stage="rlhf", lineage=lineage, **common)
@@ -255,7 +252,7 @@ def test_a_teacher_of_an_ancestor_is_refused_too(here):
     rlhf = read_info("models/rlhf.safetensors")
     lineage = {"ancestors": [rlhf.lineage]}
     pieces = Tokenizer(tokenizer_model())
-    save_model("models/second.safetensors", stirred(5), stage="rlhf", tokenizer=pieces,
+    save_model("models/second.safetensors", stirred(SHAPE, 5), stage="rlhf", tokenizer=pieces,
                lineage=lineage, metrics={})  # fmt: skip
     result = run("models/second", "--judge", "models/reward", *QUICK)
     assert result.exit_code == 2 and "was trained to please" in said(result)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
+import fakes
 import numpy as np
 import pytest
 import torch
@@ -58,13 +59,7 @@ PROMPTS = [(Message("user", text),) for text in ("hi", "how are you today?", "a"
 
 
 def stirred(seed: int = 0) -> GPT:
-    """A model whose blocks do something: fresh ones begin as "change nothing"."""
-    torch.manual_seed(seed)
-    model = GPT(SHAPE)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight), alpha=0.2)
-    return model.eval().requires_grad_(False)
+    return fakes.stirred(SHAPE, seed, by=0.2).eval().requires_grad_(False)
 
 
 # Intervals

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import fakes
 import pytest
 import torch
 from fakes import ByteTokenizer
@@ -59,13 +60,7 @@ SHAPE = GPTConfig(
 
 
 def stirred(seed: int = 0, shape: GPTConfig = SHAPE) -> RewardModel:
-    """A model whose blocks do something: fresh ones begin as "change nothing"."""
-    torch.manual_seed(seed)
-    gpt = GPT(shape)
-    with torch.no_grad():
-        for weight in gpt.parameters():
-            weight.add_(torch.randn_like(weight), alpha=0.2)
-    return RewardModel(gpt).eval()
+    return RewardModel(fakes.stirred(shape, seed, by=0.2)).eval()
 
 
 def texts(count: int, seed: int = 0) -> list[list[int]]:

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from tinychat.cli import stages, train_all
 from tinychat.cli.app import app
+from tinychat.cli.outcome import print_next
 from tinychat.cli.plan import BY_NAME, STAGES, Plan, parse_shares
-from tinychat.cli.runs import first_run, print_next, run_folder
+from tinychat.cli.runs import first_run, run_folder
 from tinychat.data import tokenizer_model
 from tinychat.gpt import GPT, GPTConfig, save_model
 from tinychat.runtime.checkpoint import read_info

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinychat.cli.info import duration, size
+from tinychat.cli.info import duration, machine, size
 from tinychat.runtime.checkpoint import STAGES, CheckpointInfo, read_info
 from tinychat.runtime.files import file_sha256
 
@@ -177,6 +177,4 @@ def _hardware(lineage: Mapping[str, Any]) -> str:
     found = lineage.get("hardware")
     if not found:
         return "not recorded"
-    cores = f"{found['cores']} core{'s' * (found['cores'] != 1)} of {found['cpu']}"
-    engine = ", ".join(gpu["name"] for gpu in found["gpus"]) or cores
-    return f"{engine}, {found['memory_gb']:.0f} GB; torch {found['torch']}"
+    return f"{machine(found)}, {found['memory_gb']:.0f} GB; torch {found['torch']}"

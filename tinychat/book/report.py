@@ -13,21 +13,19 @@ from tinychat.runtime.files import file_sha256
 
 EVALUATION = "report.json"  # beside the checkpoints: `tinychat eval ... --out` writes it
 COMMAND = f"tinychat eval rlhf sft base --judge judge --out checkpoints/{EVALUATION}"
-SIDES = {  # of a PPO run's report: what it is, and how it is written
-    "score": ("mark of the reward model", ".2f"),
-    "kl": ("KL to the model it began with, nats a reply", ".2f"),
-    "entropy": ("entropy, nats a token", ".2f"),
-    "length": ("tokens a reply", ".1f"),
-    "ended": ("replies that end by themselves", ".1%"),
-    "distinct_2": ("distinct-2", ".2f"),
-    "repetition": ("repeated runs of three tokens", ".1%"),
-}
-FORM = {
+FORM = {  # what it is, and how it is written
     "length": ("tokens a reply", ".1f"),
     "ended": ("replies that end by themselves", ".1%"),
     "distinct_1": ("distinct-1", ".2f"),
     "distinct_2": ("distinct-2", ".2f"),
     "repetition": ("repeated runs of three tokens", ".1%"),
+}
+SIDES = {  # of a PPO run's report
+    "score": ("mark of the reward model", ".2f"),
+    "judge": ("mark of a judge that only looked on", ".2f"),
+    "kl": ("KL to the model it began with, nats a reply", ".2f"),
+    "entropy": ("entropy, nats a token", ".2f"),
+    **FORM,
 }
 SETS = {
     "helpful": "helpful",

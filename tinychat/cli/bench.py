@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinychat.cli.flags import Json, checkpoint_names
+from tinychat.cli.info import machine
 from tinychat.cli.progress import millions
 from tinychat.runtime.device import reuse_memory
 
 if TYPE_CHECKING:
     import torch
 
-    from tinychat.gpt import GPTConfig
+    from tinychat.gpt import GPT, GPTConfig
 
 PROMPT, REPLY, SHORT = 64, 96, 24  # tokens; without a cache a few steps tell enough
 LEAST = 3  # turns, however slow
@@ -75,11 +76,11 @@ def bench(
     }
     screen = Console(stderr=True, highlight=False)
     with screen.status("Decoding ..."):  # the very first: a cold start is cold only once
-        report["decoding"] = decoding(str(info.path), place, seconds)
+        model, report["decoding"] = decoding(str(info.path), place, seconds)
     with screen.status("Matrix products ..."):
         report["peak_gflops"] = peaks(place, seconds / 2)
     with screen.status("Reading ..."):
-        report["reading"] = reading(str(info.path), place, seconds, report["peak_gflops"])
+        report["reading"] = reading(model, place, seconds, report["peak_gflops"])
     with screen.status(f"Training {preset} ..."):
         report["training"] = training(
             preset, shape, place, seconds, compiled, report["peak_gflops"]
@@ -122,7 +123,7 @@ def peaks(place: torch.device, seconds: float) -> dict[str, float]:
     return {name: 2e-9 * size**3 / took for name, took in take_turns(works, seconds, place).items()}
 
 
-def decoding(path: str, place: torch.device, seconds: float) -> dict[str, float]:
+def decoding(path: str, place: torch.device, seconds: float) -> tuple[GPT, dict[str, float]]:
     """Loading, the first token, and tokens a second with and without the cache."""
     import torch
 
@@ -159,7 +160,7 @@ def decoding(path: str, place: torch.device, seconds: float) -> dict[str, float]
     }
     took = take_turns(works, seconds, place)
     cached, uncached = SHORT / took["short"], SHORT / took["again"]
-    return {
+    return model, {
         "load_seconds": loaded,
         "first_token_cold_seconds": cold,
         "first_token_seconds": took["first"],
@@ -172,15 +173,13 @@ def decoding(path: str, place: torch.device, seconds: float) -> dict[str, float]
 
 
 def reading(
-    path: str, place: torch.device, seconds: float, peak: Mapping[str, float]
+    model: GPT, place: torch.device, seconds: float, peak: Mapping[str, float]
 ) -> dict[str, float]:
     """Tokens a second of a prompt that fills half of the context, in float32 as the chat does."""
     import torch
 
     from tinychat.generation import next_logits
-    from tinychat.gpt import load_model
 
-    model = load_model(path)[0].to(place)
     length = model.config.context // 2
     ids = torch.randint(0, model.config.vocab_size, (1, length), device=place)
 
@@ -307,13 +306,11 @@ def show(report: Mapping[str, Any]) -> None:
         table.add_column(justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    hardware = report["hardware"]
-    machine = ", ".join(gpu["name"] for gpu in hardware["gpus"]) or hardware["cpu"]
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         Text(
             f"{report['model']} ({millions(report['parameters'])}) on {report['device']}, "
-            f"{machine}, {report['threads']} threads"
+            f"{machine(report['hardware'])}, {report['threads']} threads"
         )
     )
     console.print(table)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tinychat.cli.info import size
-from tinychat.runtime.checkpoint import CheckpointInfo, read_info
+from tinychat.cli.info import machine, size
+from tinychat.runtime.checkpoint import STAGES, CheckpointInfo, read_info
 from tinychat.runtime.errors import CheckpointError
-
-STAGES = ("base", "sft", "reward", "rlhf")
 
 
 def card(folder: Path) -> str:
@@ -30,13 +28,10 @@ def card(folder: Path) -> str:
     ]
     for info in infos:
         lineage = info.lineage
-        hardware = lineage["hardware"]
-        machine = ", ".join(gpu["name"] for gpu in hardware["gpus"]) or (
-            f"{hardware['cores']} cores of {hardware['cpu']}"
-        )
+        place = machine(lineage["hardware"])
         lines.append(
             f"| {info.path.name} | {info.stage} | {info.parameters:,} | {size(info.bytes)}, "
-            f"{info.dtype} | {lineage['tokens']:,} | {lineage['minutes']:g} | {machine} |"
+            f"{info.dtype} | {lineage['tokens']:,} | {lineage['minutes']:g} | {place} |"
         )
     for info in infos:
         lines += ["", f"## {info.path.name}", "", *figures(info), "", *sources(info)]

@@ -56,31 +56,31 @@ def find_models(names: Sequence[str]) -> dict[str, CheckpointInfo]:
 def find_judge(name: str, infos: Iterable[CheckpointInfo]) -> CheckpointInfo:
     """The judge's checkpoint, refused where it is a teacher of one of the models."""
     from tinychat.evaluation import check_judge
-    from tinychat.runtime.checkpoint import find, read_info
 
-    info = read_info(find(name))
-    if info.stage != "reward":
-        raise CheckpointError(
-            f"{info.path} is of the stage {info.stage} and gives no marks; "
-            "name a judge, or make one with `tinychat train reward --judge`."
-        )
+    info = _find_marker(name, "a judge", "tinychat train reward --judge")
     check_judge(info, infos)
     return info
 
 
 def find_teacher(name: str, judge: CheckpointInfo | None) -> CheckpointInfo:
     """The reward model that chooses replies, refused where it is the judge too."""
-    from tinychat.runtime.checkpoint import find, read_info
     from tinychat.runtime.files import file_sha256
+
+    info = _find_marker(name, "a reward model", "tinychat train reward")
+    if judge and file_sha256(judge.path) == file_sha256(info.path):
+        raise ConfigError(f"{info.path} can't choose and judge; name another one with --judge.")
+    return info
+
+
+def _find_marker(name: str, what: str, made_by: str) -> CheckpointInfo:
+    from tinychat.runtime.checkpoint import find, read_info
 
     info = read_info(find(name))
     if info.stage != "reward":
         raise CheckpointError(
             f"{info.path} is of the stage {info.stage} and gives no marks; "
-            "name a reward model, or make one with `tinychat train reward`."
+            f"name {what}, or make one with `{made_by}`."
         )
-    if judge and file_sha256(judge.path) == file_sha256(info.path):
-        raise ConfigError(f"{info.path} can't choose and judge; name another one with --judge.")
     return info
 
 

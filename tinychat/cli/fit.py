@@ -41,12 +41,16 @@ def written_replies(
     from tinychat.data.split import split_of
     from tinychat.dialogue import render_prompt
 
-    prompts, replies = [], []
+    prompts: list[list[int]] = []
+    replies: list[list[int]] = []
     for dialogue in corpus.dialogues():
-        if split_of(dialogue.id) == "validation":
-            prompt = render_prompt(dialogue.messages[:-1], pieces, context=10**6, reserve=0)
-            reply = [*pieces.encode(dialogue.messages[-1].content), pieces.end_id]
-            if len(prompt) + len(reply) <= longest:
-                prompts.append(prompt)
-                replies.append(reply)
-    return prompts[:most], replies[:most]
+        if split_of(dialogue.id) != "validation":
+            continue
+        prompt = render_prompt(dialogue.messages[:-1], pieces, context=10**6, reserve=0)
+        reply = [*pieces.encode(dialogue.messages[-1].content), pieces.end_id]
+        if len(prompt) + len(reply) <= longest:
+            prompts.append(prompt)
+            replies.append(reply)
+        if len(prompts) == most:
+            break
+    return prompts, replies

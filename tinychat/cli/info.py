@@ -197,6 +197,12 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
+def machine(hardware: Mapping[str, Any]) -> str:
+    """The part that did the work: "NVIDIA H100", or "2 cores of AMD EPYC"."""
+    cores = f"{hardware['cores']} core{'s' * (hardware['cores'] != 1)} of {hardware['cpu']}"
+    return ", ".join(gpu["name"] for gpu in hardware["gpus"]) or cores
+
+
 def size(count: int) -> str:
     """15000000 -> "15.0 MB"."""
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

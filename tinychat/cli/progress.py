@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tinychat.gpt import GPT
+    from tinychat.ppo import PPOProgress
     from tinychat.pretraining import Progress
     from tinychat.tokenizer import Tokenizer
 
@@ -48,16 +51,6 @@ def training_progress(
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True, quiet=not enabled)
-    stopped = False
-
-    def interrupt(signum: int, frame: object) -> None:
-        nonlocal stopped
-        if stopped:
-            raise KeyboardInterrupt
-        stopped = True
-        console.print("Finishing this step and saving (Ctrl-C again to leave at once) ...")
-
-    previous = signal.signal(signal.SIGINT, interrupt)
     console.print(f"{title}: {millions(parameters)}. The first step compiles.")
     columns = (
         TextColumn("step {task.completed}/{task.fields[steps]}"),
@@ -69,35 +62,80 @@ def training_progress(
     plain = not console.is_terminal
     smooth = float("nan")
     announced = False
-    try:
-        with Bar(*columns, console=console, disable=plain) as bar:
-            task = bar.add_task("", total=None, steps="?", loss=float("nan"), rate=0, left="?")
+    with (
+        interruptible(console) as should_stop,
+        Bar(*columns, console=console, disable=plain) as bar,
+    ):
+        task = bar.add_task("", total=None, steps="?", loss=float("nan"), rate=0, left="?")
 
-            def show(progress: Progress) -> None:
-                nonlocal smooth, announced
-                smooth = progress.loss if smooth != smooth else 0.95 * smooth + 0.05 * progress.loss
-                known = progress.seconds_left == progress.seconds_left
-                left = clock(progress.seconds_left) if known else "?"
-                if known and not announced:
-                    announced = True
-                    console.print(f"{progress.steps:,} steps, ready in about {left}")
-                bar.update(
-                    task,
-                    completed=progress.step,
-                    total=progress.steps if known else None,
-                    steps=f"{progress.steps:,}" if known else "?",
-                    loss=smooth,
-                    rate=progress.tokens_per_second,
-                    left=left,
+        def show(progress: Progress) -> None:
+            nonlocal smooth, announced
+            smooth = progress.loss if smooth != smooth else 0.95 * smooth + 0.05 * progress.loss
+            known = progress.seconds_left == progress.seconds_left
+            left = clock(progress.seconds_left) if known else "?"
+            if known and not announced:
+                announced = True
+                console.print(f"{progress.steps:,} steps, ready in about {left}")
+            bar.update(
+                task,
+                completed=progress.step,
+                total=progress.steps if known else None,
+                steps=f"{progress.steps:,}" if known else "?",
+                loss=smooth,
+                rate=progress.tokens_per_second,
+                left=left,
+            )
+            if plain and progress.step % 50 == 0:
+                bits = ", ".join(f"{k} {v:.3f}" for k, v in progress.bits_per_byte.items())
+                console.print(
+                    f"step {progress.step}  loss {smooth:.3f}  "
+                    f"{progress.tokens_per_second:,.0f} tokens/s  left {left}  {bits}"
                 )
-                if plain and progress.step % 50 == 0:
-                    bits = ", ".join(f"{k} {v:.3f}" for k, v in progress.bits_per_byte.items())
-                    console.print(
-                        f"step {progress.step}  loss {smooth:.3f}  "
-                        f"{progress.tokens_per_second:,.0f} tokens/s  left {left}  {bits}"
-                    )
 
-            yield show, lambda: stopped
+        yield show, should_stop
+
+
+@contextmanager
+def ppo_progress(
+    title: str,
+) -> Iterator[tuple[Callable[[PPOProgress], None], Callable[[], bool]]]:
+    """A line a step, or every tenth without a terminal; the first Ctrl-C asks the loop to save."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+
+    def show(progress: PPOProgress) -> None:
+        known = progress.seconds_left == progress.seconds_left
+        if not console.is_terminal and progress.step % 10 and progress.step > 1:
+            return
+        m, left = progress.metrics, clock(progress.seconds_left) if known else "?"
+        seen = f"judge {m['judge']:.3f}  " if "judge" in m else ""
+        console.print(
+            f"step {progress.step}{f'/{progress.steps}' if known else ''}  score {m['score']:.3f}  "
+            f"{seen}KL {m['kl']:.2f}  length {m['length']:.0f}  ended {m['ended']:.0%}  "
+            f"clipped {m['clip_fraction']:.0%}  left {left}"
+        )
+
+    console.print(title)
+    with interruptible(console) as should_stop:
+        yield show, should_stop
+
+
+@contextmanager
+def interruptible(console: Console) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C asks the loop to save and stop, the second leaves at once."""
+    stopped = False
+
+    def interrupt(signum: int, frame: object) -> None:
+        nonlocal stopped
+        if stopped:
+            raise KeyboardInterrupt
+        stopped = True
+        console.print("Finishing this step and saving (Ctrl-C again to leave at once) ...")
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: stopped
     finally:
         signal.signal(signal.SIGINT, previous)
 

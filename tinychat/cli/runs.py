@@ -1,4 +1,4 @@
-"""A training run's folder, settings, data and checkpoint: everything but training and drawing."""
+"""How a training run begins: its folder, settings and data."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tinychat.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from tinychat.data.shards import TokenShard
-    from tinychat.gpt import GPT
-    from tinychat.pretraining import Result
-    from tinychat.runtime.checkpoint import CheckpointInfo
     from tinychat.tokenizer import Tokenizer
 
 C = TypeVar("C")
@@ -118,12 +115,6 @@ def is_finished(path: Path, minutes: float | None, settings: list[str] | None, l
         return False
     print(f"{path} is finished already; give {longer} to train it longer.")
     return True
-
-
-def print_next(run: str, hint: str) -> None:
-    """Say what to do next, unless the run is a part of `train all`, which does it by itself."""
-    if "/" not in run:
-        print(hint)
 
 
 def first_run(folder: Path) -> bool:
@@ -266,37 +257,6 @@ def make_mix(train: Mapping[str, TokenShard], sequence: int, seed: int, total: i
     return Mix(train, phases, sequence=sequence, seed=seed, total=total)
 
 
-def source_record(name: str, shard: TokenShard, passes: Mapping[str, float]) -> dict[str, Any]:
-    """What a model card must say of a source."""
-    from tinychat.data.public import sources
-
-    public = {entry.name: entry for entry in sources()}.get(name)
-    own = "CC0-1.0" if name in ("stories", "explanations", "dialogues") else "the user's"
-    return {
-        "licence": public.licence if public else own,
-        "attribution": public.attribution if public else "tinychat corpus",
-        "sha256": public.sha256 if public else shard.sha256,
-        "tokens": shard.tokens,
-        "passes": round(passes[shard.source], 3),
-    }
-
-
-def lineage_of(result: Result, *, data: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Where a checkpoint comes from."""
-    from tinychat import __version__
-    from tinychat.runtime.device import describe_hardware
-
-    return {
-        "data": dict(data),
-        "tokens": result.tokens,
-        "steps": result.steps,
-        "minutes": round(result.seconds / 60, 1),
-        "hardware": describe_hardware(),
-        "tinychat": __version__,
-        **{key: value for key, value in more.items() if value is not None},
-    }
-
-
 def check_unchanged(path: str, now: str, begun_with: str) -> None:
     """Raise ConfigError where a file's sha256 is another than when the run began."""
     if now != begun_with:
@@ -304,73 +264,3 @@ def check_unchanged(path: str, now: str, begun_with: str) -> None:
             f"{path} has changed since this run began; "
             "put the old file back, or start another run with --run NAME."
         )
-
-
-def write_checkpoint(
-    path: Path,
-    model: GPT,
-    stage: str,
-    pieces: Tokenizer,
-    lineage: Mapping[str, Any],
-    metrics: dict[str, Any],
-    bits_of: Callable[[GPT], float],
-    levels: int = 127,
-    figures_of: Callable[[GPT], dict[str, Any]] = lambda stored: {},
-) -> CheckpointInfo:
-    """Write int8 where that costs less than 0.5 % in bits per byte, else bfloat16.
-
-    `bits_of` measures a model; the cost is measured on a file, read back, and so are the further
-    metrics that `figures_of` gives. `path` itself is written last, when all is known: a run whose
-    checkpoint is there is finished.
-    """
-    from tinychat.gpt import load_model, save_model
-
-    trial = path.with_name("trial.safetensors")
-
-    def save(file: Path, kind: Literal["int8", "bf16"]) -> CheckpointInfo:
-        return save_model(
-            file,
-            model,
-            stage=stage,
-            tokenizer=pieces,
-            lineage=lineage,
-            metrics=metrics,
-            quantize=kind,
-            levels=levels,
-        )
-
-    exact = bits_of(model)
-    kinds: tuple[Literal["int8", "bf16"], ...] = ("int8", "bf16")
-    for kind in kinds:
-        save(trial, kind)
-        stored = load_model(trial)[0]
-        cost = 100 * (bits_of(stored) / exact - 1)
-        if cost < 0.5:
-            break
-    metrics |= {"storage_cost_percent": round(cost, 3), **figures_of(stored)}
-    info = save(path, kind)
-    trial.unlink(missing_ok=True)
-    return info
-
-
-def last_loss(result: Result, folder: Path) -> float | None:
-    """The loss of the last step, also when this process only finished what another had trained."""
-    from tinychat.runtime.metrics import read_metrics
-
-    if result.loss == result.loss:
-        return result.loss
-    rows = read_metrics(folder / "metrics.jsonl")
-    return rows[-1]["loss"] if rows else None
-
-
-def curve(folder: Path, points: int = 60) -> list[list[float]]:
-    """Return about `points` pairs (tokens, mean loss since the last point) of the run."""
-    from tinychat.runtime.metrics import read_metrics
-
-    rows = read_metrics(folder / "metrics.jsonl")
-    size = max(1, len(rows) // points)
-    groups = [rows[first : first + size] for first in range(0, len(rows), size)]
-    return [
-        [group[-1]["tokens"], round(sum(row["loss"] for row in group) / len(group), 4)]
-        for group in groups
-    ]

@@ -9,29 +9,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tinychat.cli.outcome import (
+    curve,
+    last_loss,
+    lineage_of,
+    print_next,
+    source_record,
+    stop_here,
+    write_checkpoint,
+)
 from tinychat.cli.progress import print_samples, shards_progress, training_progress
 from tinychat.cli.runs import (
     budget_of,
     check_minutes,
     check_sequence,
     check_unchanged,
-    curve,
     find_checkpoint,
     first_alone,
     is_finished,
     join_processes,
-    last_loss,
-    lineage_of,
     make_mix,
     make_shards,
     override,
-    print_next,
     read_record,
     run_folder,
     settings_of,
-    source_record,
     update_record,
-    write_checkpoint,
     write_record,
 )
 from tinychat.cli.train import Data, Device, Minutes, Resume, Settings, train_app
@@ -202,10 +205,8 @@ def base(
         )
     if rank:
         return
-    again = f"tinychat train base --run {run} --resume"
     if not result.finished:
-        print(f"Stopped and saved at step {result.step}. Go on with: {again}")
-        raise typer.Exit(130)
+        stop_here("base", run, result.step)
 
     # 5. Measure, write, show.
     model.eval()
@@ -234,7 +235,8 @@ def base(
     print(f"\n{path}: {info.bytes / 1e6:.1f} MB. {result.tokens / 1e6:.1f} M tokens read.")
     for name, value in bits.items():
         print(f"  {value:.3f} bits per byte on unseen {name}")
-    print_next(run, f"Next: tinychat train sft --from {path}   Longer: {again} --minutes 60")
+    longer = f"tinychat train base --run {run} --resume --minutes 60"
+    print_next(run, f"Next: tinychat train sft --from {path}   Longer: {longer}")
 
 
 def read_tokenizer(file: Path | None) -> Tokenizer:

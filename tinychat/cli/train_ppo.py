@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,21 +12,20 @@ import typer
 
 from tinychat.cli.contestants import find_judge, load_judge
 from tinychat.cli.fit import with_fit
-from tinychat.cli.progress import clock, millions
+from tinychat.cli.outcome import lineage_of, print_next, stop_here, write_checkpoint
+from tinychat.cli.ppo_prompts import find_prompts, unseen_batches
+from tinychat.cli.progress import millions, ppo_progress
 from tinychat.cli.runs import (
     budget_of,
     check_minutes,
     check_unchanged,
     find_checkpoint,
     is_finished,
-    lineage_of,
     override,
-    print_next,
     read_record,
     run_folder,
     settings_of,
     update_record,
-    write_checkpoint,
     write_record,
 )
 from tinychat.cli.train import Data, Device, Minutes, Resume, Settings, train_app
@@ -39,14 +35,12 @@ from tinychat.runtime.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tinychat.data.records import Message
     from tinychat.gpt import GPT
-    from tinychat.ppo import PPOProgress, RewardFunction
+    from tinychat.ppo import RewardFunction
     from tinychat.reward_model import RewardModel
     from tinychat.tokenizer import Tokenizer
 
 PROMPT_TOKENS = 128  # longer prompts are left out: they cost much and say little about the reply
-HELD_OUT = 96  # prompts of the report
 REPORT = ("score", "judge", "kl", "length", "ended", "distinct_2", "repetition", "entropy")
 
 
@@ -127,11 +121,7 @@ def ppo(
             "fine-tune it with `tinychat train sft` first."
         )
     marker, its_pieces, reward_info = load_reward(record["reward"])
-    if its_pieces.sha256 != pieces.sha256:
-        raise ConfigError(
-            f"{record['reward']} has another tokenizer than {record['from']}; "
-            "train a reward model from this chat model."
-        )
+    check_reads_alike(record["reward"], its_pieces, record["from"], pieces, "a reward model")
     onlooker = None
     if record.get("judge"):
         judge_info = find_judge(record["judge"], [info])
@@ -141,11 +131,7 @@ def ppo(
                 "made with `tinychat train reward --judge`."
             )
         onlooker, judge_pieces = load_judge(judge_info, place)
-        if judge_pieces.sha256 != pieces.sha256:
-            raise ConfigError(
-                f"{record['judge']} has another tokenizer than {record['from']}; "
-                "train a judge from this chat model."
-            )
+        check_reads_alike(record["judge"], judge_pieces, record["from"], pieces, "a judge")
     reads = min(
         model.config.context
         for model in (reference, marker.gpt, onlooker and onlooker.gpt)
@@ -213,11 +199,7 @@ def ppo(
             should_stop=stop,
         )
     if not done.finished:
-        print(
-            f"Stopped and saved at step {done.step}. "
-            f"Go on with: tinychat train ppo --run {run} --resume"
-        )
-        raise typer.Exit(130)
+        stop_here("ppo", run, done.step)
 
     # 4. Measure, write, show.
     gpt = policy.gpt.eval()
@@ -272,67 +254,13 @@ def ppo(
     print_next(run, f"Talk to it: tinychat chat --ckpt {path}")
 
 
-def find_prompts(
-    data: Path | None, pieces: Tokenizer, room: int
-) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
-    """Return prompts to train on, held-out ones, and what the model card must say of them.
-
-    Every user turn of our corpus with what was said before it and, with a data folder, the public
-    prompts. The held-out ones are of the corpus's validation part; no prompt stands on both sides.
-    """
-    from tinychat.data import corpus
-    from tinychat.data.preferences import prompt_key
-    from tinychat.data.public import data_folder, source
-    from tinychat.data.split import split_of
-    from tinychat.data.unseen import PUBLIC_PROMPTS, prompts_of, public_prompts
-    from tinychat.dialogue import render_prompt
-
-    found: dict[str, dict[str, list[int]]] = {"train": {}, "validation": {}, "test": {}}
-
-    def add(part: str, messages: tuple[Message, ...]) -> None:
-        ids = render_prompt(messages, pieces, context=10**6, reserve=0)  # whole, or not at all
-        if len(ids) <= room:
-            found[part][prompt_key(messages)] = ids
-
-    for dialogue in corpus.dialogues():
-        for prompt in prompts_of(dialogue):
-            add(split_of(dialogue.id), prompt)
-    sources: dict[str, Any] = {"dialogues": {"licence": "CC0-1.0", "prompts": len(found["train"])}}
-    if folder := data_folder(data):
-        for prompt in public_prompts(folder):
-            if prompt[-1].role == "user" and split_of(prompt_key(prompt)) == "train":
-                add("train", prompt)
-        entry = source(PUBLIC_PROMPTS)
-        sources[PUBLIC_PROMPTS] = {
-            "licence": entry.licence,
-            "attribution": entry.attribution,
-            "sha256": entry.sha256,
-            "prompts": len(found["train"]) - sources["dialogues"]["prompts"],
-        }
-    unseen = found["validation"].keys() | found["test"].keys()
-    train = [ids for key, ids in found["train"].items() if key not in unseen]
-    held_out = list(found["validation"].values())[:HELD_OUT]
-    if not train or not held_out:
+def check_reads_alike(
+    name: str, its_pieces: Tokenizer, start: str, pieces: Tokenizer, what: str
+) -> None:
+    if its_pieces.sha256 != pieces.sha256:
         raise ConfigError(
-            f"No prompt is short enough: {max(room, 0)} tokens are left for it beside the reply; "
-            "lower max_tokens with --set max_tokens=32."
+            f"{name} has another tokenizer than {start}; train {what} from this chat model."
         )
-    return train, held_out, sources
-
-
-def unseen_batches(pieces: Tokenizer, context: int) -> Iterator[Any]:
-    """Conversations of the validation part, to measure what storing a model costs."""
-    from tinychat.data import corpus
-    from tinychat.data.split import split_of
-    from tinychat.dialogue import render
-    from tinychat.sft import PackedConversations, SFTConfig
-
-    config = SFTConfig(batch=4, sequence=min(512, context))
-    dialogues = [one for one in corpus.dialogues() if split_of(one.id) == "validation"][:60]
-    rendered = [render(one, pieces, context=config.sequence + 1) for one in dialogues]
-    packed = PackedConversations(rendered, config, pieces.pad_id)
-    rows = packed.rows(0)
-    return (packed.batch(rows[first : first + 4]) for first in range(0, len(rows), 4))
 
 
 def score_curve(folder: Path, points: int = 60) -> list[list[float]]:
@@ -365,40 +293,3 @@ def write_samples(
             lines.append(f"{name:>6} {value:+.2f}  {pieces.decode(reply).strip()}{cut}")
         lines.append("")
     path.write_text("\n".join(lines), encoding="utf-8")
-
-
-@contextmanager
-def ppo_progress(
-    title: str,
-) -> Iterator[tuple[Callable[[PPOProgress], None], Callable[[], bool]]]:
-    """A line a step, or every tenth without a terminal; the first Ctrl-C asks the loop to save."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    stopped = False
-
-    def interrupt(signum: int, frame: object) -> None:
-        nonlocal stopped
-        if stopped:
-            raise KeyboardInterrupt
-        stopped = True
-        console.print("Finishing this step and saving (Ctrl-C again to leave at once) ...")
-
-    def show(progress: PPOProgress) -> None:
-        known = progress.seconds_left == progress.seconds_left
-        if not console.is_terminal and progress.step % 10 and progress.step > 1:
-            return
-        m, left = progress.metrics, clock(progress.seconds_left) if known else "?"
-        seen = f"judge {m['judge']:.3f}  " if "judge" in m else ""
-        console.print(
-            f"step {progress.step}{f'/{progress.steps}' if known else ''}  score {m['score']:.3f}  "
-            f"{seen}KL {m['kl']:.2f}  length {m['length']:.0f}  ended {m['ended']:.0%}  "
-            f"clipped {m['clip_fraction']:.0%}  left {left}"
-        )
-
-    previous = signal.signal(signal.SIGINT, interrupt)
-    console.print(title)
-    try:
-        yield show, lambda: stopped
-    finally:
-        signal.signal(signal.SIGINT, previous)

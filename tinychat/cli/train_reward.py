@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tinychat.cli.outcome import curve, last_loss, lineage_of, print_next, stop_here, write_reward
 from tinychat.cli.progress import training_progress
 from tinychat.cli.reward_report import print_report, report
 from tinychat.cli.runs import (
@@ -16,13 +17,9 @@ from tinychat.cli.runs import (
     check_minutes,
     check_sequence,
     check_unchanged,
-    curve,
     find_checkpoint,
     is_finished,
-    last_loss,
-    lineage_of,
     override,
-    print_next,
     read_record,
     run_folder,
     settings_of,
@@ -223,11 +220,7 @@ def reward(
             should_stop=stop,
         )
     if not result.finished:
-        print(
-            f"Stopped and saved at step {result.step}. "
-            f"Go on with: tinychat train reward --run {run} --resume"
-        )
-        raise typer.Exit(130)
+        stop_here("reward", run, result.step)
 
     # 4. Set zero and yardstick, measure, write, show.
     model.eval()
@@ -248,7 +241,7 @@ def reward(
         averaged_with=[file_sha256(name) for name in record.get("average", [])],
         ancestors=[info.lineage],
     )
-    saved = write_reward(path, model, pieces, lineage, metrics, references)
+    saved = write_reward(path, model, pieces, lineage, metrics, references[:400])
     print_report(metrics)
     print(f"\n{path}: {saved.bytes / 1e6:.1f} MB.")
     if record["judge"]:
@@ -318,31 +311,3 @@ def sources_of(train: Sequence[Group], votes: str | None) -> dict[str, Any]:
         elif name == "votes":
             line |= {"licence": "the user's", "file": votes}
     return found
-
-
-def write_reward(
-    path: Path,
-    model: RewardModel,
-    pieces: Tokenizer,
-    lineage: dict[str, Any],
-    metrics: dict[str, Any],
-    references: Sequence[Sequence[int]],
-) -> Any:
-    """Write int8 where marks move by less than a tenth of a deviation on average, else bf16."""
-    from tinychat.reward_model import load_reward, save_reward, score
-
-    exact = score(model, references, pieces.pad_id)
-    kinds: tuple[Any, ...] = ("int8", "bf16")
-    trial = path.with_name("trial.safetensors")  # a run whose checkpoint is there is finished
-    for kind in kinds:
-        save_reward(trial, model, tokenizer=pieces, lineage=lineage, metrics=metrics, quantize=kind)
-        stored = load_reward(trial)[0].to(model.device)
-        moved = float((score(stored, references, pieces.pad_id) - exact).abs().mean())
-        if moved < 0.1:
-            break
-    metrics["storage_moves_marks_by"] = round(moved, 4)
-    saved = save_reward(
-        path, model, tokenizer=pieces, lineage=lineage, metrics=metrics, quantize=kind
-    )
-    trial.unlink(missing_ok=True)
-    return saved

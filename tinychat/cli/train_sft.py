@@ -9,23 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tinychat.cli.outcome import (
+    curve,
+    last_loss,
+    lineage_of,
+    print_next,
+    stop_here,
+    write_checkpoint,
+)
 from tinychat.cli.progress import print_samples, training_progress
 from tinychat.cli.runs import (
     budget_of,
     check_minutes,
     check_sequence,
-    curve,
     find_checkpoint,
     is_finished,
-    last_loss,
-    lineage_of,
     override,
-    print_next,
     read_record,
     run_folder,
     settings_of,
     update_record,
-    write_checkpoint,
     write_record,
 )
 from tinychat.cli.train import Device, Minutes, Resume, Settings, train_app
@@ -178,11 +181,7 @@ def sft(
             should_stop=stop,
         )
     if not result.finished:
-        print(
-            f"Stopped and saved at step {result.step}. "
-            f"Go on with: tinychat train sft --run {run} --resume"
-        )
-        raise typer.Exit(130)
+        stop_here("sft", run, result.step)
 
     # 4. Measure, write, show.
     model.eval()

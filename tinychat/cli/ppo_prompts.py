@@ -1,0 +1,78 @@
+"""What `tinychat train ppo` asks: prompts to learn from, and unseen ones to be measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinychat.runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tinychat.data.records import Message
+    from tinychat.tokenizer import Tokenizer
+
+HELD_OUT = 96  # prompts of the report
+
+
+def find_prompts(
+    data: Path | None, pieces: Tokenizer, room: int
+) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
+    """Return prompts to train on, held-out ones, and what the model card must say of them.
+
+    Every user turn of our corpus with what was said before it and, with a data folder, the public
+    prompts. The held-out ones are of the corpus's validation part; no prompt stands on both sides.
+    """
+    from tinychat.data import corpus
+    from tinychat.data.preferences import prompt_key
+    from tinychat.data.public import data_folder, source
+    from tinychat.data.split import split_of
+    from tinychat.data.unseen import PUBLIC_PROMPTS, prompts_of, public_prompts
+    from tinychat.dialogue import render_prompt
+
+    found: dict[str, dict[str, list[int]]] = {"train": {}, "validation": {}, "test": {}}
+
+    def add(part: str, messages: tuple[Message, ...]) -> None:
+        ids = render_prompt(messages, pieces, context=10**6, reserve=0)  # whole, or not at all
+        if len(ids) <= room:
+            found[part][prompt_key(messages)] = ids
+
+    for dialogue in corpus.dialogues():
+        for prompt in prompts_of(dialogue):
+            add(split_of(dialogue.id), prompt)
+    sources: dict[str, Any] = {"dialogues": {"licence": "CC0-1.0", "prompts": len(found["train"])}}
+    if folder := data_folder(data):
+        for prompt in public_prompts(folder):
+            if prompt[-1].role == "user" and split_of(prompt_key(prompt)) == "train":
+                add("train", prompt)
+        entry = source(PUBLIC_PROMPTS)
+        sources[PUBLIC_PROMPTS] = {
+            "licence": entry.licence,
+            "attribution": entry.attribution,
+            "sha256": entry.sha256,
+            "prompts": len(found["train"]) - sources["dialogues"]["prompts"],
+        }
+    unseen = found["validation"].keys() | found["test"].keys()
+    train = [ids for key, ids in found["train"].items() if key not in unseen]
+    held_out = list(found["validation"].values())[:HELD_OUT]
+    if not train or not held_out:
+        raise ConfigError(
+            f"No prompt is short enough: {max(room, 0)} tokens are left for it beside the reply; "
+            "lower max_tokens with --set max_tokens=32."
+        )
+    return train, held_out, sources
+
+
+def unseen_batches(pieces: Tokenizer, context: int) -> Iterator[Any]:
+    """Conversations of the validation part, to measure what storing a model costs."""
+    from tinychat.data import corpus
+    from tinychat.data.split import split_of
+    from tinychat.dialogue import render
+    from tinychat.sft import PackedConversations, SFTConfig
+
+    config = SFTConfig(batch=4, sequence=min(512, context))
+    dialogues = [one for one in corpus.dialogues() if split_of(one.id) == "validation"][:60]
+    rendered = [render(one, pieces, context=config.sequence + 1) for one in dialogues]
+    packed = PackedConversations(rendered, config, pieces.pad_id)
+    rows = packed.rows(0)
+    return (packed.batch(rows[first : first + 4]) for first in range(0, len(rows), 4))
