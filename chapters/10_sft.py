@@ -56,8 +56,10 @@ from tinychat.runtime.state import load_state
 # %%
 import copy
 import os
+import re
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 
@@ -764,6 +766,72 @@ else:
 # words of one reply among many good ones. That is the judge of InstructGPT's authors again, who
 # trusted people more than this number. In chapter 11 you build a judge from people's choices.
 #
+# ## The same thing in many words
+#
+# A few conversations can't put facts there. Many can, if the same fact comes back in other words each
+# time. Allen-Zhu and Li (2023) trained models on made-up biographies. A model that had read each of
+# them in *one* wording, however often, could recite it and yet not answer a question about it. With
+# five wordings it could. Repetition teaches the sentence, variation teaches the fact.
+#
+# So our corpus has a second part, the *basics*: short conversations about simple things, each thing
+# in several wordings. Here is one fact of it.
+
+# %%
+from tinychat.data.corpus import basics
+
+for one in basics():
+    question, reply = one.messages[0].content, one.messages[1].content
+    if "capital of Peru" in reply:
+        print(f"{split_of(one.id):>10}: {question} -> {reply}")
+kinds = Counter(one.topic for one in basics())
+print(f"{len(basics()):,} conversations of {len(kinds)} kinds, such as", end=" ")
+print(", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(6)))
+
+# %% [markdown]
+# Some of the wordings are held out, as always. They ask, in words that were never trained on, for
+# things that were. Whoever answers them has learned more than sentences. Capitals are easy to mark
+# by a rule: the answer is the name that the written reply adds to its question. The run of this
+# chapter has not read the basics, so it can only know a capital from its base. `tinychat train sft`,
+# which made the shipped checkpoint, reads them too.
+
+# %%
+ORDINARY = {"The", "That", "Yes", "No", "It", "In", "Its", "This", "Would"}
+
+
+def answer_of(question: str, reply: str) -> set[str]:
+    """The names that the first sentence of a reply adds to its question."""
+    names = re.findall(r"[A-Z][a-z]+", reply.split(". ")[0])
+    return {name for name in names if name.lower() not in question.lower()} - ORDINARY
+
+
+def exam(parts: tuple[str, ...], count: int) -> list[tuple[str, set[str]]]:
+    """Questions for capitals, and the names that a right reply must hold."""
+    found = []
+    for one in basics():
+        if one.topic == "capitals" and split_of(one.id) in parts:
+            question = one.messages[0].content
+            names = answer_of(question, one.messages[1].content)
+            found += [(question, names)] * bool(names)
+    return found[:count]
+
+
+sitters = {"this chapter's run": (model, tokenizer)}
+if card:
+    sitters[f"{card.path.name}, as shipped"] = load_model(card.path)[:2]
+for name, (one, its_tokenizer) in sitters.items():
+    for wording, parts_of in (("trained", ("train",)), ("unseen", ("validation", "test"))):
+        right, questions = 0, exam(parts_of, 2 if FAST else 30)
+        for question, names in questions:
+            ids = render_prompt([Message("user", question)], its_tokenizer, context=256, reserve=64)
+            reply = "".join(stream(one, its_tokenizer, ids, greedy))
+            right += all(name in reply for name in names)
+        print(f"{name:>30}, {wording} wordings: {right} of {len(questions)} capitals right")
+
+# %% tags=["test"]
+assert answer_of("capital of peru?", "The capital of Peru is Lima. It is large.") == {"Lima"}
+assert not {q for q, _ in exam(("train",), 999)} & {q for q, _ in exam(("validation", "test"), 999)}
+
+# %% [markdown]
 # ## Showing or training?
 #
 # There is another way to make a base model do a task: *show* it a few examples in the prompt, and
@@ -979,7 +1047,8 @@ for count in (0, 4):
 # ## Where this is in the package
 #
 # Everything tagged `export` here is `tinychat/sft.py`. `tinychat train sft` calls `finetune` with
-# the whole corpus, the held-out loss on the screen, and your own conversations if you name a file.
+# the whole corpus and the basics, the held-out loss on the screen, and your own conversations if you
+# name a file.
 #
 # ## Sources
 #
@@ -989,6 +1058,9 @@ for count in (0, 4):
 #   mind.
 # - C. Zhou et al.: [LIMA: Less is more for alignment](https://arxiv.org/abs/2305.11206) (2023). A
 #   thousand good conversations.
+# - Z. Allen-Zhu, Y. Li:
+#   [Physics of language models: part 3.1, knowledge storage and extraction](https://arxiv.org/abs/2309.14316)
+#   (2023). The same fact in many words.
 # - M. M. Krell, M. Kosec, S. P. Perez, A. Fitzgibbon:
 #   [Efficient sequence packing without cross-contamination](https://arxiv.org/abs/2107.02027) (2021).
 #   Packing with segments.

@@ -86,6 +86,7 @@ from collections import Counter
 
 from tinychat.book.picture import picture
 from tinychat.data import tokenizer_model
+from tinychat.data.corpus import basics
 from tinychat.data.groups import tokenize_groups
 from tinychat.data.onpolicy import RULES, flaw_of, sample_ranked
 from tinychat.data.preferences import (
@@ -96,9 +97,11 @@ from tinychat.data.preferences import (
     corpus_ranked,
     for_judge,
     mismatched,
+    near_misses,
     prompt_key,
 )
 from tinychat.data.records import Message
+from tinychat.data.split import split_of
 from tinychat.dialogue import render_prompt
 from tinychat.generation import Sampling
 from tinychat.gpt import load_model, nano
@@ -457,6 +460,19 @@ foreign = mismatched([one for one in answered["train"] if not for_judge(one.prom
 unseen_foreign = mismatched(answered["validation"] + answered["test"])
 print(f"{len(foreign)} prompts to learn from, {len(unseen_foreign)} held out")
 for one in foreign[:2]:
+    print(f"> {one.prompt[-1].content}")
+    for reply in one.replies:
+        print(f"  {reply.rank} {reply.flaw:8} {reply.text[:70]!r}")
+
+# %% [markdown]
+# The harder sort is a *near miss*: a reply of the same kind to another question, the capital of
+# another country, the sound of another animal. It has the right form, the right length and a true
+# sentence, and is wrong. The basics of chapter 10 give such pairs by a rule: the good reply takes up
+# a rare word of its question ("Peru"), and the worse one of the same topic does not hold it.
+
+# %%
+near = near_misses([one for one in basics() if split_of(one.id) == "train"])
+for one in near[:3]:
     print(f"> {one.prompt[-1].content}")
     for reply in one.replies:
         print(f"  {reply.rank} {reply.flaw:8} {reply.text[:70]!r}")

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 from tinychat.data import corpus, public, tokenizer_model
 from tinychat.data.mix import BLOCK, Mix, Phase
+from tinychat.data.preferences import prompt_key
 from tinychat.data.prepare import Progress, default_sources, prepare
+from tinychat.data.probes import probes
 from tinychat.data.recipe import shares
-from tinychat.data.records import Dialogue, Document
+from tinychat.data.records import Dialogue, Document, Message
 from tinychat.data.sample import tokenizer_texts
 from tinychat.data.shards import TokenShard, open_shards, write_shard
 from tinychat.data.sources import TABLE
@@ -49,6 +51,7 @@ def test_the_embedded_corpus_is_read_whole():
     folder = Path(corpus.__file__).parent / "corpus"
     for records, name in (
         (dialogues, "dialogues"),
+        (corpus.basics(), "basics"),
         (stories, "stories"),
         (explanations, "explanations"),
     ):
@@ -59,6 +62,28 @@ def test_the_embedded_corpus_is_read_whole():
     assert sum(len(d.rejected) for d in dialogues) > 1000
     with pytest.raises(dataclasses.FrozenInstanceError):
         dialogues[0].topic = "another"
+
+
+def test_the_basics_repeat_themselves_in_other_words_only():
+    asked = []
+    for one in corpus.basics():
+        roles = [message.role for message in one.messages]
+        assert roles == ["user", "assistant"] * (len(roles) // 2), one.id
+        assert all(0 < len(message.content.split()) <= 110 for message in one.messages), one.id
+        asked.append(tuple(m.content.casefold() for m in one.messages if m.role == "user"))
+    assert len(set(asked)) == len(asked), "no question stands there twice"
+    kinds = Counter(one.topic for one in corpus.basics())
+    assert len(kinds) >= 50 and max(kinds.values()) < 0.1 * len(asked)
+
+
+def test_the_basics_hold_none_of_the_questions_that_models_are_measured_with():
+    reading = Path(__file__).parent / "reading" / "prompts.txt"
+    measured = {prompt_key([Message("user", line)]) for line in reading.read_text().splitlines()}
+    measured |= {prompt_key([Message("user", probe.prompt)]) for probe in probes()}
+    for one in corpus.basics():
+        for message in one.messages:
+            if message.role == "user":
+                assert prompt_key([message]) not in measured, one.id
 
 
 def test_a_caller_can_not_spoil_the_cached_corpus():

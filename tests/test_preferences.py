@@ -1,12 +1,15 @@
 """Ranked replies: readers, the split by prompt, the judge's half, votes, rules for samples."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
 import torch
 from fakes import ByteTokenizer, ScriptedGPT, UniformGPT
 
+from tinychat.data import preferences
+from tinychat.data.corpus import basics
 from tinychat.data.groups import GroupBatches, tokenize_group, tokenize_groups
 from tinychat.data.onpolicy import flaw_of, rank_samples, repeated_share, sample_ranked
 from tinychat.data.preferences import (
@@ -17,6 +20,7 @@ from tinychat.data.preferences import (
     corpus_ranked,
     for_judge,
     mismatched,
+    near_misses,
     prompt_key,
     public_ranked,
     read_ranked,
@@ -24,7 +28,7 @@ from tinychat.data.preferences import (
     read_votes,
     write_ranked,
 )
-from tinychat.data.records import Message
+from tinychat.data.records import Dialogue, Message
 from tinychat.data.split import split_of
 from tinychat.generation import Sampling
 from tinychat.runtime.errors import DataError
@@ -133,6 +137,48 @@ def test_only_the_prompt_tells_own_replies_from_foreign_ones():
     assert mismatched(groups, count=2) == found == mismatched(groups[::-1], count=2)
     # Replies that two prompts share are no pair.
     assert mismatched([ranked("a", "same", "x"), ranked("b", "same", "y")]) == []
+
+
+def test_a_near_miss_is_of_the_same_kind_and_answers_another_question(monkeypatch):
+    monkeypatch.setattr(preferences, "RARE", 1)
+
+    def talk(topic: str, *turns: str) -> Dialogue:
+        roles = ("user", "assistant") * (len(turns) // 2)
+        messages = tuple(Message(*both) for both in zip(roles, turns, strict=True))
+        return Dialogue(turns[0], topic, messages)
+
+    peru, chile = "The capital of Peru is Lima.", "The capital of Chile is Santiago."
+    talks = [
+        talk("capitals", "capital of Peru?", peru),
+        talk("capitals", "and where is Lima?", "In the south of a country.", "of CHILE?", chile),
+        talk("sounds", "what does a cow say", "A cow says moo."),
+        talk("sounds", "hi there", "Hello!"),
+    ]
+    found = {group.prompt[-1].content: group for group in near_misses(talks)}
+    # "Lima" stands in two conversations, "capital" too; and "Hello!" takes up no word at all.
+    assert found.keys() == {"capital of Peru?", "of CHILE?", "what does a cow say"}
+    for question, right, near in (
+        ("capital of Peru?", peru, chile),
+        ("of CHILE?", chile, peru),
+        ("what does a cow say", "A cow says moo.", "Hello!"),
+    ):
+        replies = found[question].replies
+        assert [reply.rank for reply in replies] == [0, 1, 1]
+        assert [reply.text for reply in replies[:2]] == [right, near]
+        assert [reply.flaw for reply in replies] == ["", "wrong", "offtopic"]
+    assert len(found["of CHILE?"].prompt) == 3, "the whole conversation is the prompt"
+    assert near_misses(talks, most=1) == [near_misses(talks)[0]]
+    assert near_misses([]) == near_misses(talks[:1]) == []
+
+
+def test_near_misses_of_the_basics_never_hold_the_word_that_was_asked_for():
+    groups = near_misses([one for one in basics() if split_of(one.id) == "validation"])
+    assert len(groups) > 200
+    for group in groups:
+        asked = set(re.findall(r"\w+", group.prompt[-1].content.casefold()))
+        first, *others = (set(re.findall(r"\w+", r.text.casefold())) for r in group.replies)
+        for other in others:
+            assert (asked & first) - other, "no word tells the right reply from the wrong one"
 
 
 def test_every_conversation_of_the_corpus_can_be_mismatched():

@@ -28,7 +28,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.7)
     options = parser.parse_args()
     model, tokenizer, info = load_model(find(options.checkpoint))
-    known = {plain(dialogue.messages[0].content) for dialogue in corpus.dialogues()}
+    training = [*corpus.dialogues(), *corpus.basics()]
+    known = {plain(dialogue.messages[0].content) for dialogue in training}
     sampling = Sampling(
         temperature=options.temperature, top_p=0.9, max_tokens=120, seed=options.seed
     )

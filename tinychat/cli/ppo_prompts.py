@@ -20,8 +20,9 @@ def find_prompts(
 ) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
     """Return prompts to train on, held-out ones, and what the model card must say of them.
 
-    Every user turn of our corpus with what was said before it and, with a data folder, the public
-    prompts. The held-out ones are of the corpus's validation part; no prompt stands on both sides.
+    Every user turn of our corpus, the basics too, with what was said before it and, with a data
+    folder, the public prompts. The held-out ones are of the corpus's validation part; no prompt
+    stands on both sides.
     """
     from tinychat.data import corpus
     from tinychat.data.preferences import prompt_key
@@ -40,6 +41,10 @@ def find_prompts(
     for dialogue in corpus.dialogues():
         for prompt in prompts_of(dialogue):
             add(split_of(dialogue.id), prompt)
+    for dialogue in corpus.basics():
+        for prompt in prompts_of(dialogue):
+            if split_of(dialogue.id) == "train":
+                add("train", prompt)
     sources: dict[str, Any] = {"dialogues": {"licence": "CC0-1.0", "prompts": len(found["train"])}}
     if folder := data_folder(data):
         for prompt in public_prompts(folder):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from tinychat.data.groups import Group
+    from tinychat.data.records import Dialogue
     from tinychat.gpt import GPT
     from tinychat.reward_model import RewardModel
     from tinychat.tokenizer import Tokenizer
@@ -89,6 +90,7 @@ def reward(
     reuse_memory()
     import torch
 
+    from tinychat.data.corpus import basics
     from tinychat.data.groups import tokenize_groups
     from tinychat.data.preferences import (
         by_part,
@@ -96,6 +98,7 @@ def reward(
         corpus_ranked,
         for_judge,
         mismatched,
+        near_misses,
         prompt_key,
         public_ranked,
         read_ranked,
@@ -103,6 +106,7 @@ def reward(
         read_votes,
     )
     from tinychat.data.public import data_folder
+    from tinychat.data.split import split_of
     from tinychat.gpt import load_model
     from tinychat.reward_model import (
         RewardConfig,
@@ -172,7 +176,16 @@ def reward(
     answered["train"] = [
         one for one in answered["train"] if for_judge(one.prompt) == record["judge"]
     ]
-    foreign = {side: mismatched(groups) for side, groups in answered.items()}
+    simple: dict[str, list[Dialogue]] = {"train": [], "validation": [], "test": []}
+    held = {prompt_key(group.prompt) for group in unseen}
+    for talk in basics():
+        side, asked_for = split_of(talk.id), talk.messages[:-1]
+        ours = for_judge(asked_for) == record["judge"] and prompt_key(asked_for) not in held
+        if side != "train" or ours:
+            simple[side].append(talk)
+    foreign = {
+        side: [*mismatched(groups), *near_misses(simple[side])] for side, groups in answered.items()
+    }
     kept = folder / OWN_SAMPLES
     if record["samples"] and not kept.is_file():
         asked = [group for group in half if group.source == "corpus"][: record["samples"]]

@@ -136,12 +136,14 @@ def sft(
             raise ConfigError(f"{record['from']} is no {preset} model; leave --preset out.")
 
     # 2. Conversations: our own, and the user's. A validation part is never trained on.
-    dialogues = [*corpus.dialogues(), *own_dialogues(files, keep_all)]
-    rendered: dict[str, list[Any]] = {"train": [], "validation": [], "test": []}
-    for dialogue in dialogues:
-        rendered[split_of(dialogue.id)].append(
-            render(dialogue, pieces, context=config.sequence + 1)
-        )
+    def by_split(dialogues: list[Dialogue]) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {"train": [], "validation": [], "test": []}
+        for one in dialogues:
+            found[split_of(one.id)].append(render(one, pieces, context=config.sequence + 1))
+        return found
+
+    rendered = by_split([*corpus.dialogues(), *own_dialogues(files, keep_all)])
+    basics = by_split(corpus.basics())
     if not resume:
         write_record(
             folder,
@@ -155,10 +157,10 @@ def sft(
         )
     elif settings:
         update_record(folder, record | {"set": chosen})
-    held_out = PackedConversations(rendered["validation"], config, pieces.pad_id)
-    rows = held_out.rows(0)
 
-    def validation() -> Iterator[Batch]:
+    def validation(conversations: list[Any] = rendered["validation"]) -> Iterator[Batch]:
+        held_out = PackedConversations(conversations, config, pieces.pad_id)
+        rows = held_out.rows(0)
         for first in range(0, len(rows), config.batch):
             part = rows[first : first + config.batch]
             yield held_out.batch([*part, *[[]] * (config.batch - len(part))])
@@ -169,7 +171,7 @@ def sft(
     with training_progress("sft", model.config.parameters, True) as (show, stop):
         result = finetune(
             model,
-            rendered["train"],
+            rendered["train"] + basics["train"],
             config,
             folder,
             pad=pieces.pad_id,
@@ -186,11 +188,18 @@ def sft(
     # 4. Measure, write, show.
     model.eval()
     loss_function = LossFunction(model, dtype=config.loop(1).dtype, compiled=False)
-    bits = bits_per_byte(loss_function, validation(), token_bytes_V)
+    bits = {
+        name: bits_per_byte(loss_function, validation(unseen), token_bytes_V)
+        for name, unseen in (
+            ("unseen replies", rendered["validation"]),
+            ("basics in unseen words", basics["validation"]),
+        )
+    }
     lineage = lineage_of(
         result,
         data={
             "dialogues": {"licence": "CC0-1.0", "conversations": len(rendered["train"])},
+            "basics": {"licence": "CC0-1.0", "conversations": len(basics["train"])},
             **{file: {"licence": "the user's"} for file in files},
         },
         settings=asdict(config),
@@ -200,7 +209,7 @@ def sft(
     lineage["ancestors"] = [info.lineage]
     metrics = {
         "loss": last_loss(result, folder),
-        "bits_per_byte": {"unseen replies": bits},
+        "bits_per_byte": bits,
         "curve": curve(folder),
     }
 
@@ -210,5 +219,6 @@ def sft(
 
     print_samples(model, pieces, folder, chat=True)
     saved = write_checkpoint(path, model, "sft", pieces, lineage, metrics, stored_bits)
-    print(f"\n{path}: {saved.bytes / 1e6:.1f} MB, {bits:.3f} bits per byte on unseen replies.")
+    told = f"{bits['unseen replies']:.3f} bits per byte on unseen replies"
+    print(f"\n{path}: {saved.bytes / 1e6:.1f} MB, {told}.")
     print_next(run, f"Talk to it: tinychat chat --ckpt {path}")

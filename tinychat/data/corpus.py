@@ -13,9 +13,9 @@ def _read(name: str) -> list[tuple[str, dict[str, object]]]:
 
 
 @cache
-def _dialogues() -> tuple[Dialogue, ...]:
+def _dialogues(name: str) -> tuple[Dialogue, ...]:
     return tuple(
-        parse_dialogue(record, where, source="corpus") for where, record in _read("dialogues.jsonl")
+        parse_dialogue(record, where, source="corpus") for where, record in _read(f"{name}.jsonl")
     )
 
 
@@ -30,7 +30,17 @@ def _documents(name: str) -> tuple[Document, ...]:
 
 def dialogues() -> list[Dialogue]:
     """Return the conversations with tinychat; read once, then kept."""
-    return list(_dialogues())
+    return list(_dialogues("dialogues"))
+
+
+def basics() -> list[Dialogue]:
+    """Return the short conversations that say the same in many words.
+
+    A small model learns a fact that it meets often, in other words each time (Allen-Zhu and Li
+    2023, "Physics of Language Models", part 3.1). So one that the split holds out asks in words
+    that were not trained on for something that was.
+    """
+    return list(_dialogues("basics"))
 
 
 def stories() -> list[Document]:

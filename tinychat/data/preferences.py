@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from tinychat.data.corpus import dialogues
 from tinychat.data.jsonl import parse_dialogue, parse_lines, read_lines
 from tinychat.data.public import source_path
-from tinychat.data.records import Message
+from tinychat.data.records import Dialogue, Message
 from tinychat.data.split import Split, split_of
 from tinychat.runtime.errors import DataError
 
@@ -81,6 +81,7 @@ PUBLIC = {
     "oasst_eval_kwise_constructed": (0.3, 10_000),
     "personality_kwise_constructed": (0.3, 10_000),
 }
+RARE = 40  # conversations that a word stands in; one that stands in more says little of the topic
 RATINGS = "topical_chat_turn_ratings_sub"
 
 
@@ -170,6 +171,47 @@ def mismatched(groups: Sequence[Ranked], count: int = 2) -> list[Ranked]:
             replies = (Reply(best, 0), *worse)
             found.append(Ranked(group.prompt, replies, "mismatch", group.id, group.weight))
     return found
+
+
+def near_misses(answered: Sequence[Dialogue], most: int = 2500) -> list[Ranked]:
+    """Rank a written reply above one of the same kind that answers another question.
+
+    "The capital of Peru is Lima." against "The capital of Chile is Santiago.": only who reads the
+    question can tell. Conversations count in which the reply takes up a rare word of its question;
+    the worse replies, one of the same topic and one of another, don't hold that word. Give
+    conversations of one part of the split, and of one half; a hash decides which `most` are taken.
+    """
+    words = [
+        [set(re.findall(r"\w+", message.content.casefold())) for message in one.messages]
+        for one in answered
+    ]
+    seen_in = Counter(word for turns in words for word in set().union(*turns))
+    order = sorted(range(len(answered)), key=lambda n: _digest("near", answered[n].id))
+    same: dict[str, list[int]] = defaultdict(list)
+    for n in order:
+        same[answered[n].topic].append(n)
+    found = []
+    for place, n in enumerate(order):
+        one, (*_, asked, said) = answered[n], words[n]
+        rare = {word for word in asked & said if seen_in[word] <= RARE}
+        kin = same[one.topic]
+        here = kin.index(n)
+        rest = (order[(place + step) % len(order)] for step in range(1, len(order)))
+        strangers = (m for m in rest if answered[m].topic != one.topic)
+        others = [
+            next((m for m in some if not rare & words[m][-1]), None)
+            for some in ([*kin[here + 1 :], *kin[:here]], strangers)
+        ]
+        if not rare or None in others:
+            continue
+        worse = [
+            Reply(answered[m].messages[-1].content, 1, flaw)
+            for m, flaw in zip(others, ("wrong", "offtopic"), strict=True)
+            if m is not None
+        ]
+        replies = (Reply(one.messages[-1].content, 0), *worse)
+        found.append(Ranked(one.messages[:-1], replies, "basics", one.id))
+    return sorted(found, key=lambda group: _digest("cap", group.id))[:most]
 
 
 def public_ranked(folder: Path, names: Iterable[str] = tuple(PUBLIC)) -> list[Ranked]:

@@ -68,6 +68,7 @@ def unseen_prompts(
                 seen.add(prompt_key(prompt))
             else:
                 own.setdefault(prompt_key(prompt), prompt)
+    seen |= {prompt_key(prompt) for one in corpus.basics() for prompt in prompts_of(one)}
     public = _left_out_by_ppo(folder) if folder else {}
     seen |= {prompt_key(group.prompt) for group in by_part(corpus_ranked())["train"]}
     if folder:
