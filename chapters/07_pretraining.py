@@ -82,9 +82,9 @@ set_threads()
 # %% [markdown]
 # ## Text becomes batches
 #
-# The book's own text is small: stories, explanations and dialogues that come with the package. You
-# turn it into token numbers once, and keep them in files, one for each source (a *shard*). A part
-# of the documents is set aside and never trained on; that part tells you later whether the model
+# The book's own text is small: stories, explanations, dialogues, and the basics (short conversations
+# on simple things), which come with the package. You turn it into token numbers once, and keep them
+# in files, one for each source (a *shard*). A part of the documents is set aside and never trained on; that part tells you later whether the model
 # learned to read or learned by heart.
 
 # %%
@@ -104,7 +104,7 @@ for split, sources in shards.items():
 
 # %%
 SEQUENCE, BATCH = (64, 4) if FAST else (128, 8)
-WEIGHTS = {"stories": 2.0, "explanations": 1.0, "dialogues": 1.0}
+WEIGHTS = {"stories": 2.0, "explanations": 1.0, "dialogues": 1.0, "basics": 1.0}
 
 
 def book_batches(split: str, batch: int, sequence: int) -> Callable[[int, int], Iterator[Batch]]:

@@ -437,7 +437,7 @@ def test_prepare_limits_validation_and_takes_a_renderer(data, tmp_path):
 
 def test_prepare_without_a_folder_takes_the_embedded_corpus(tmp_path, monkeypatch):
     monkeypatch.delenv("TINYCHAT_DATA", raising=False)
-    assert default_sources(None) == ["stories", "explanations", "dialogues"]
+    assert default_sources(None) == ["stories", "explanations", "dialogues", "basics"]
     shards = prepare(None, tmp_path, tokenizer(), threads=1)
     assert set(shards["train"]) == set(shards["validation"]) == set(default_sources(None))
 

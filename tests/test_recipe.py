@@ -4,17 +4,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinychat.data.prepare import EMBEDDED
 from tinychat.data.recipe import WISHES, shares
 from tinychat.data.sources import TABLE
 from tinychat.runtime.errors import DataError
 
 
 def test_wishes_are_shares_of_sources_that_exist():
-    assert set(WISHES) <= {source.name for source in TABLE} | {
-        "stories",
-        "explanations",
-        "dialogues",
-    }
+    assert set(WISHES) <= {source.name for source in TABLE} | set(EMBEDDED)
+    assert set(EMBEDDED) <= set(WISHES)
     for main, final, passes in WISHES.values():
         assert 0 <= main < 1 and 0 <= final < 1 and passes > 0
 

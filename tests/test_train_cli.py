@@ -118,7 +118,7 @@ def test_base_offline_on_the_embedded_corpus(trained):
     folder = trained / "runs" / "base"
     info = read_info(folder / "base.safetensors")
     assert info.stage == "base"
-    assert set(info.lineage["data"]) == {"stories", "explanations", "dialogues"}
+    assert set(info.lineage["data"]) == {"stories", "explanations", "dialogues", "basics"}
     assert {source["licence"] for source in info.lineage["data"].values()} == {"CC0-1.0"}
     assert (info.lineage["tokens"], info.lineage["steps"]) == (2 * 2 * 32, 2)
     assert info.lineage["settings"]["batch"] == 2

@@ -36,10 +36,11 @@ def print_next(run: str, hint: str) -> None:
 
 def source_record(name: str, shard: TokenShard, passes: Mapping[str, float]) -> dict[str, Any]:
     """What a model card must say of a source."""
+    from tinychat.data.prepare import EMBEDDED
     from tinychat.data.public import sources
 
     public = {entry.name: entry for entry in sources()}.get(name)
-    own = "CC0-1.0" if name in ("stories", "explanations", "dialogues") else "the user's"
+    own = "CC0-1.0" if name in EMBEDDED else "the user's"
     return {
         "licence": public.licence if public else own,
         "attribution": public.attribution if public else "tinychat corpus",
