@@ -82,10 +82,10 @@ set_threads()
 # %% [markdown]
 # ## Text becomes batches
 #
-# The book's own text is small: stories, explanations, dialogues, and the basics (short conversations
-# on simple things), which come with the package. You turn it into token numbers once, and keep them
-# in files, one for each source (a *shard*). A part of the documents is set aside and never trained on; that part tells you later whether the model
-# learned to read or learned by heart.
+# The book's own text is small: stories, explanations, dialogues, and the basics (short
+# conversations on simple things), which come with the package. You turn it into token numbers once,
+# and keep them in files, one for each source (a *shard*). A part of the documents is set aside and
+# never trained on; that part tells you later whether the model learned to read or learned by heart.
 
 # %%
 tokenizer = Tokenizer(tokenizer_model())
