@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinychat.data.prepare import EMBEDDED
-from tinychat.data.recipe import WISHES, shares
+from tinychat.data.recipe import OWN, WISHES, shares
 from tinychat.data.sources import TABLE
 from tinychat.runtime.errors import DataError
 
@@ -37,7 +37,7 @@ def test_the_final_phase_has_its_own_wishes():
 
 
 def test_limits_stretch_when_everything_is_short():
-    # 15 passes over 40 tokens make 600 of 1,000: all limits grow by the same factor, 1 / 0.6.
+    # 8 passes over 40 tokens make 320 of 1,000: all limits grow by the same factor, 1 / 0.32.
     found = shares({"stories": 10, "explanations": 30}, 1_000, final=False)
     assert found == pytest.approx({"stories": 0.25, "explanations": 0.75})
 
@@ -68,7 +68,7 @@ def test_shares_sum_to_one_within_the_limits(available, tokens, final):
     found = shares(available, tokens, final=final)
     assert sum(found.values()) == pytest.approx(1)
     assert set(found) <= set(available) and min(found.values()) > 0
-    limit = {name: WISHES.get(name, (0.2, 0.2, 15))[2] * available[name] / tokens for name in found}
+    limit = {name: WISHES.get(name, OWN)[2] * available[name] / tokens for name in found}
     stretch = max(1.0, 1 / sum(limit.values()))
     for name, share in found.items():
         assert share <= limit[name] * stretch * (1 + 1e-6)
