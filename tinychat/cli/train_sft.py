@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from tinychat.gpt import GPT
 
 
+BASICS = 3  # readings of the basics for one of the dialogues: facts need more of them than manners
+
+
 def own_dialogues(files: Sequence[str], keep_all: bool) -> list[Dialogue]:
     """Return the conversations of the user's files, and print what was left out and why.
 
@@ -171,7 +174,7 @@ def sft(
     with training_progress("sft", model.config.parameters, True) as (show, stop):
         result = finetune(
             model,
-            rendered["train"] + basics["train"],
+            rendered["train"] + BASICS * basics["train"],
             config,
             folder,
             pad=pieces.pad_id,
