@@ -435,7 +435,7 @@ print(
 assert right / asked > 0.4 and right > lazy + 0.1 * asked
 for relation in ("past", "more"):
     questions, by_step, by_neighbour = analogies[relation]
-    assert by_step > by_neighbour + 0.2 * questions
+    assert by_step > by_neighbour + 0.1 * questions
     assert by_step / questions > analogies["opposite"][1] / analogies["opposite"][0] + 0.2
 
 
@@ -459,9 +459,9 @@ def draw_analogies(plt):
 picture("04_analogies", draw_analogies)
 
 # %% [markdown]
-# Read it honestly. Grammar (*walk* to *walked*, *big* to *bigger*) is a direction: far better than
-# the lazy answer. In *family*, look how near the lazy answer comes: where the partner simply lives
-# next door, the step adds little. And opposites are no direction at all. Why should they be? From
+# Read it honestly. Grammar (*walk* to *walked*, *big* to *bigger*) is a direction: clearly better
+# than the lazy answer. In *family*, look how near the lazy answer comes: where the partner simply
+# lives next door, the step adds little. And opposites are no direction at all. Why should they be? From
 # *hot* to *cold* and from *big* to *small*: what do these two steps have in common?
 #
 # ## A bag of words

@@ -67,15 +67,15 @@ def packed_row(examples: Sequence[Rendered], room: int, pad: int) -> np.ndarray:
 class SFTConfig:
     """What decides a fine-tuning run besides the model and the conversations."""
 
-    epochs: float = 8.0
+    epochs: float = 4.0
     "readings of all conversations"
     batch: int = 16
     "packed rows a step"
     sequence: int = 512
     "tokens a row; several conversations share one"
-    matrix_lr: float = 2e-3
-    "Muon's peak rate: a tenth of pretraining's, to keep what the base has learned"
-    vector_lr: float = 6e-4
+    matrix_lr: float = 6e-3
+    "Muon's peak rate: well below pretraining's, to keep what the base has learned"
+    vector_lr: float = 2e-3
     "AdamW's peak rate for embeddings and norms"
     warmup: float = 0.03
     "share of the steps in which the rates rise"
