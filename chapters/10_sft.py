@@ -357,7 +357,8 @@ assert abs(together - apart) < 1e-4, (together, apart)
 # ## Gentle, and not for long
 #
 # The base model has learned something that took long, and a few hundred steps at full rate can wash
-# it away. So the rates are a third of pretraining's or less, and they fall from early on to zero.
+# it away. So the rates are lower than pretraining's, Muon's a third, and they fall from early on to
+# zero.
 
 
 # %% tags=["export"]
