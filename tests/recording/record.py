@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COLUMNS, ROWS = 92, 200
 SCRIPT = (
     "hi",
+    "why is the sky blue?",
     "tell me a short story about a fox",
     "/probs",
     "/lens",
