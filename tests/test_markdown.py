@@ -339,8 +339,13 @@ def test_ctrl_c_in_the_middle_of_drawing_waits_for_its_end():
 
     terminal = Interrupted()
     terminal.came = False
-    with pytest.raises(KeyboardInterrupt):
-        screen_on(terminal).reply(iter(["one\n\ntwo", " three"]))
+    # Where pytest runs in the background of a script, the shell has switched Ctrl-C off.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            screen_on(terminal).reply(iter(["one\n\ntwo", " three"]))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert terminal.came and terminal.lines() == ["one", "", "two"]
 
 

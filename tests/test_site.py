@@ -384,7 +384,11 @@ def test_sampling_gives_the_distributions_of_the_package(made):
             sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
             logits_BV = filter_logits(torch.tensor([logits], dtype=torch.float64), sampling)
             theirs = logits_BV.softmax(dim=-1)[0]
-            torch.testing.assert_close(torch.tensor(shares, dtype=torch.float64), theirs)
+            shares_V = torch.tensor(shares, dtype=torch.float64)
+            # Which of two tokens with the same score falls to a cut is nobody's promise.
+            torch.testing.assert_close(shares_V.sort().values, theirs.sort().values)
+            off = (shares_V - theirs).abs() > 1e-7
+            assert len(torch.tensor(logits, dtype=torch.float64)[off].unique()) <= 1
 
 
 def test_sampling_shows_the_model_s_own_probabilities(made):

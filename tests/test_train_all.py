@@ -273,7 +273,8 @@ def test_every_stage_is_its_own_command(asked):
     plan = Plan(Path("runs/x"), "small", 25.0, data="here", settings=["judge.epochs=1"])
     torch.manual_seed(0)
     shape = GPTConfig(width=16, layers=1, heads=1, kv_heads=1, head_width=16, hidden=16)
-    lineage = {"tokens": 10_000_000, "minutes": 10.0, "data": {"dialogues": {"tokens": 100_000}}}
+    data = {"dialogues": {"tokens": 50_000}, "basics": {"tokens": 50_000}}
+    lineage = {"tokens": 10_000_000, "minutes": 10.0, "data": data}
     save_model(
         plan.folder / "base/base.safetensors", GPT(shape), stage="base",
         tokenizer=Tokenizer(tokenizer_model()), lineage=lineage, metrics={},
@@ -285,7 +286,8 @@ def test_every_stage_is_its_own_command(asked):
     base, sft, judge = asked["x/base"], asked["x/sft"], asked["x/judge"]
     assert base["minutes"] == pytest.approx(0.64 * (25 - 8 * 0.3)) and base["data"] == Path("here")
     assert base["settings"] == ["save_minutes=1"] and not base["resume"]  # long: compiled
-    # Eight readings of 100,000 tokens take 0.8 minutes at a million a minute: they fit.
+    # Four readings of 50,000 tokens, and twelve of the basics, take 0.8 minutes at a million a
+    # minute: they fit.
     assert sft["minutes"] is None and sft["start"] == "runs/x/base/base.safetensors"
     assert sft["settings"] == ["save_minutes=1", "compiled=false"]
     assert judge["judge"] and judge["settings"] == ["save_minutes=1", "seed=1", "epochs=1"]
