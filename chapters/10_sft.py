@@ -128,11 +128,11 @@ QUESTIONS = ("hi", "What is your name?", "What is the capital of France?", "Tell
 greedy = Sampling(temperature=0, max_tokens=12 if FAST else 30, repetition_penalty=1.2)
 
 
-def say(model: GPT, question: str) -> str:
+def say(model: GPT, question: str, pieces: Tokenizer = tokenizer) -> str:
     """The reply in the template, greedily."""
     context = model.config.context
-    ids = render_prompt([Message("user", question)], tokenizer, context=context, reserve=64)
-    return " ".join("".join(stream(model, tokenizer, ids, greedy)).split())
+    ids = render_prompt([Message("user", question)], pieces, context=context, reserve=64)
+    return " ".join("".join(stream(model, pieces, ids, greedy)).split())
 
 
 for question in QUESTIONS[:2]:
@@ -793,8 +793,7 @@ print(", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(6)))
 # things that were. Whoever answers them has learned more than sentences. Capitals are easy to mark
 # by a rule: the answer is the name that the written reply adds to its question. The run of this
 # chapter has not read the basics, so it can only know a capital from its base. `tinychat train sft`,
-# which made the shipped checkpoint, reads them too, three times for each reading of the other
-# conversations: manners are learned sooner than facts.
+# which made the shipped checkpoint, reads them too.
 
 # %%
 ORDINARY = {"The", "That", "Yes", "No", "It", "In", "Its", "This", "Would"}
@@ -819,13 +818,12 @@ def exam(parts: tuple[str, ...], count: int) -> list[tuple[str, set[str]]]:
 
 sitters = {"this chapter's run": (model, tokenizer)}
 if card:
-    sitters[f"{card.path.name}, as shipped"] = load_model(card.path)[:2]
-for name, (one, its_tokenizer) in sitters.items():
+    sitters[f"{card.path.name}, as shipped"] = big, its_tokenizer
+for name, (one, pieces) in sitters.items():
     for wording, parts_of in (("trained", ("train",)), ("unseen", ("validation", "test"))):
         right, questions = 0, exam(parts_of, 2 if FAST else 30)
         for question, names in questions:
-            ids = render_prompt([Message("user", question)], its_tokenizer, context=256, reserve=64)
-            reply = "".join(stream(one, its_tokenizer, ids, greedy))
+            reply = say(one, question, pieces)
             right += all(name in reply for name in names)
         print(f"{name:>30}, {wording} wordings: {right} of {len(questions)} capitals right")
 

@@ -286,7 +286,7 @@ def test_every_stage_is_its_own_command(asked):
     base, sft, judge = asked["x/base"], asked["x/sft"], asked["x/judge"]
     assert base["minutes"] == pytest.approx(0.64 * (25 - 8 * 0.3)) and base["data"] == Path("here")
     assert base["settings"] == ["save_minutes=1"] and not base["resume"]  # long: compiled
-    # Four readings of 50,000 tokens, and twelve of the basics, take 0.8 minutes at a million a
+    # Four readings of 50,000 tokens, and of as many of the basics, take 0.4 minutes at a million a
     # minute: they fit.
     assert sft["minutes"] is None and sft["start"] == "runs/x/base/base.safetensors"
     assert sft["settings"] == ["save_minutes=1", "compiled=false"]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -291,7 +292,11 @@ def test_conversations_of_ones_own_are_cleaned_and_every_removal_is_counted(here
     assert "left out: exact copy, 1" in said and "left out: personal data, 1" in said
     assert "--keep-all" in said
     assert len(own_dialogues(["one.jsonl", "two.jsonl"], keep_all=True)) == 304
-    assert own_dialogues([], keep_all=False) == [] and not capsys.readouterr().out
+    assert capsys.readouterr().out == "" and own_dialogues([], keep_all=False) == []
+    brief = own_dialogues(["two.jsonl"], False, lambda one: one.messages[0].content != "pong?")
+    assert [dialogue.messages[0].content for dialogue in brief] == ["PING!"]
+    said = capsys.readouterr().out
+    assert "learning from 1 of 2" in said and "left out: a reply over --longest, 1" in said
 
 
 def test_train_tokenizer(here):
@@ -352,6 +357,7 @@ def test_train_tokenizer(here):
         (["sft", "--from", "start", "--set", "epochs=many"], "epochs must be a number"),
         (["sft", "--from", "start", "--set", "epoch=1"], "did you mean epochs?"),
         (["sft", "--from", "start", "--set", "sequence=999"], "reads at most 512 tokens"),
+        (["sft", "--from", "start", "--longest", "0"], "--longest is 0"),
         (["sft", "--from", "start", "--data", "gone.jsonl"], "there is no file gone.jsonl"),
         (["sft", "--from", "start", "--data", "latin.jsonl"], "latin.jsonl"),
         (["sft", "--from", "start", "--data", "broken.jsonl"], "broken.jsonl:1"),
@@ -427,3 +433,20 @@ def test_override_parses_each_kind():
 
 def test_clock():
     assert [clock(s) for s in (5, 65, 3723)] == ["0:05", "1:05", "1:02:03"]
+
+
+def test_a_public_file_is_known_by_its_contents(here, monkeypatch):
+    from tinychat.cli.train_sft import records_of
+    from tinychat.data import public
+    from tinychat.runtime.files import file_sha256
+
+    Path("renamed.jsonl").write_text("{}\n", encoding="utf-8")
+    Path("mine.jsonl").write_text("{} \n", encoding="utf-8")
+    entry = replace(public.source("story_requests"), sha256=file_sha256(Path("renamed.jsonl")))
+    monkeypatch.setattr(public, "TABLE", (entry,))
+    assert records_of(["mine.jsonl", "renamed.jsonl"]) == {
+        "mine.jsonl": {"licence": "the user's"},
+        "story_requests": {
+            "licence": entry.licence, "attribution": entry.attribution, "sha256": entry.sha256
+        },
+    }  # fmt: skip

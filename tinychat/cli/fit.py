@@ -38,14 +38,12 @@ def written_replies(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and written replies of the validation part, as tokens; no training has read them."""
     from tinychat.data import corpus
-    from tinychat.data.split import split_of
+    from tinychat.data.split import by_split
     from tinychat.dialogue import render_prompt
 
     prompts: list[list[int]] = []
     replies: list[list[int]] = []
-    for dialogue in corpus.dialogues():
-        if split_of(dialogue.id) != "validation":
-            continue
+    for dialogue in by_split(corpus.dialogues())["validation"]:
         prompt = render_prompt(dialogue.messages[:-1], pieces, context=10**6, reserve=0)
         reply = [*pieces.encode(dialogue.messages[-1].content), pieces.end_id]
         if len(prompt) + len(reply) <= longest:

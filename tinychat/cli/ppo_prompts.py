@@ -20,14 +20,14 @@ def find_prompts(
 ) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
     """Return prompts to train on, held-out ones, and what the model card must say of them.
 
-    Every user turn of our corpus, the basics too, with what was said before it and, with a data
-    folder, the public prompts. The held-out ones are of the corpus's validation part; no prompt
-    stands on both sides.
+    Every user turn of our corpus with what was said before it, as many conversations of the
+    basics and, with a data folder, the public prompts. The held-out ones are of the corpus's
+    validation part; no prompt stands on both sides.
     """
     from tinychat.data import corpus
     from tinychat.data.preferences import prompt_key
     from tinychat.data.public import data_folder, source
-    from tinychat.data.split import split_of
+    from tinychat.data.split import by_split, split_of
     from tinychat.data.unseen import PUBLIC_PROMPTS, prompts_of, public_prompts
     from tinychat.dialogue import render_prompt
 
@@ -41,10 +41,9 @@ def find_prompts(
     for dialogue in corpus.dialogues():
         for prompt in prompts_of(dialogue):
             add(split_of(dialogue.id), prompt)
-    for dialogue in corpus.basics():
+    for dialogue in by_split(corpus.basics())["train"][: len(corpus.dialogues())]:
         for prompt in prompts_of(dialogue):
-            if split_of(dialogue.id) == "train":
-                add("train", prompt)
+            add("train", prompt)
     sources: dict[str, Any] = {"dialogues": {"licence": "CC0-1.0", "prompts": len(found["train"])}}
     if folder := data_folder(data):
         for prompt in public_prompts(folder):
@@ -71,12 +70,12 @@ def find_prompts(
 def unseen_batches(pieces: Tokenizer, context: int) -> Iterator[Any]:
     """Conversations of the validation part, to measure what storing a model costs."""
     from tinychat.data import corpus
-    from tinychat.data.split import split_of
+    from tinychat.data.split import by_split
     from tinychat.dialogue import render
     from tinychat.sft import PackedConversations, SFTConfig
 
     config = SFTConfig(batch=4, sequence=min(512, context))
-    dialogues = [one for one in corpus.dialogues() if split_of(one.id) == "validation"][:60]
+    dialogues = by_split(corpus.dialogues())["validation"][:60]
     rendered = [render(one, pieces, context=config.sequence + 1) for one in dialogues]
     packed = PackedConversations(rendered, config, pieces.pad_id)
     rows = packed.rows(0)

@@ -15,7 +15,7 @@ from tinychat.cli.train import tokenizer
 from tinychat.cli.train_base import base, read_text, read_tokenizer
 from tinychat.cli.train_ppo import ppo
 from tinychat.cli.train_reward import reward
-from tinychat.cli.train_sft import BASICS, sft
+from tinychat.cli.train_sft import sft
 
 SAVE = "save_minutes=1"  # what a kill may cost
 COMPILING = 3.0  # minutes of training from which on compiling pays
@@ -124,7 +124,7 @@ def by_epochs(plan: Plan, stage: Stage) -> bool:
     config = override(config_of(plan, stage), plan.settings_of(stage))
     lineage = read_info(result(plan, "base")).lineage
     data = lineage["data"]
-    epoch = data["dialogues"]["tokens"] + BASICS * data.get("basics", {"tokens": 0})["tokens"]
+    epoch = sum(data[name]["tokens"] for name in ("dialogues", "basics") if name in data)
     speed = lineage["tokens"] / max(lineage["minutes"], 0.05)
     return config.epochs * epoch / speed < plan.trained[stage.name]
 

@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     import torch
 
     from tinychat.data.groups import Group
-    from tinychat.data.records import Dialogue
     from tinychat.gpt import GPT
     from tinychat.reward_model import RewardModel
     from tinychat.tokenizer import Tokenizer
 
 OWN_SAMPLES = "on_policy.jsonl"
 REFERENCES = 1000  # good replies that set mean, deviation and the slope against length
+NEAR = {"train": 2500, "validation": 250, "test": 250}  # near misses of the basics, at most
 UNSEEN_PROMPTS = 40  # held-out prompts that the sampler answers too, to measure on
 
 
@@ -106,7 +106,7 @@ def reward(
         read_votes,
     )
     from tinychat.data.public import data_folder
-    from tinychat.data.split import split_of
+    from tinychat.data.split import by_split
     from tinychat.gpt import load_model
     from tinychat.reward_model import (
         RewardConfig,
@@ -176,15 +176,16 @@ def reward(
     answered["train"] = [
         one for one in answered["train"] if for_judge(one.prompt) == record["judge"]
     ]
-    simple: dict[str, list[Dialogue]] = {"train": [], "validation": [], "test": []}
-    held = {prompt_key(group.prompt) for group in unseen}
-    for talk in basics():
-        side, asked_for = split_of(talk.id), talk.messages[:-1]
-        ours = for_judge(asked_for) == record["judge"] and prompt_key(asked_for) not in held
-        if side != "train" or ours:
-            simple[side].append(talk)
+    simple, held = by_split(basics()), {prompt_key(group.prompt) for group in unseen}
+    simple["train"] = [
+        one
+        for one in simple["train"]
+        if for_judge(one.messages[:-1]) == record["judge"]
+        and prompt_key(one.messages[:-1]) not in held
+    ]
     foreign = {
-        side: [*mismatched(groups), *near_misses(simple[side])] for side, groups in answered.items()
+        side: [*mismatched(groups), *near_misses(simple[side], NEAR[side])]
+        for side, groups in answered.items()
     }
     kept = folder / OWN_SAMPLES
     if record["samples"] and not kept.is_file():
@@ -254,7 +255,7 @@ def reward(
         averaged_with=[file_sha256(name) for name in record.get("average", [])],
         ancestors=[info.lineage],
     )
-    saved = write_reward(path, model, pieces, lineage, metrics, references[:400])
+    saved = write_reward(path, model, pieces, lineage, metrics, references)
     print_report(metrics)
     print(f"\n{path}: {saved.bytes / 1e6:.1f} MB.")
     if record["judge"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,32 +38,52 @@ from tinychat.runtime.errors import ConfigError
 if TYPE_CHECKING:
     from tinychat.data.batch import Batch
     from tinychat.data.records import Dialogue
+    from tinychat.dialogue import Rendered
     from tinychat.gpt import GPT
 
 
-BASICS = 3  # readings of the basics for one of the dialogues: facts need more of them than manners
-
-
-def own_dialogues(files: Sequence[str], keep_all: bool) -> list[Dialogue]:
+def own_dialogues(
+    files: Sequence[str], keep_all: bool, brief: Callable[[Dialogue], bool] | None = None
+) -> list[Dialogue]:
     """Return the conversations of the user's files, and print what was left out and why.
 
     A file may hold as many as it likes: the cap of chapter 09 is for many people's prompts.
+    `brief` tells whether a conversation's replies are short enough.
     """
     from tinychat.data.public import read_dialogues
     from tinychat.dialogue import curate
 
     found = [dialogue for file in files for dialogue in read_dialogues(file)]
-    if keep_all or not files:
+    short = list(filter(brief, found)) if brief else found
+    if not files or (keep_all and not brief):
         return found
-    curated = curate(found, cap=None)
-    print(
-        f"{', '.join(files)}: learning from {len(curated.kept):,} of {len(found):,} conversations"
-    )
-    for reason, ids in curated.removed.items():
-        print(f"  left out: {reason}, {len(ids):,}")
-    if curated.removed:
+    curated = None if keep_all else curate(short, cap=None)
+    kept = curated.kept if curated else short
+    print(f"{', '.join(files)}: learning from {len(kept):,} of {len(found):,} conversations")
+    if brief:
+        print(f"  left out: a reply over --longest, {len(found) - len(short):,}")
+    if curated and curated.removed:
+        for reason, ids in curated.removed.items():
+            print(f"  left out: {reason}, {len(ids):,}")
         print("  (--keep-all learns from these too)")
-    return curated.kept
+    return kept
+
+
+def records_of(files: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What a model card must say of each file: a public source is known by its contents."""
+    from tinychat.data.public import sources
+    from tinychat.runtime.checkpoint import file_sha256
+
+    public = {entry.sha256: entry for entry in sources()}
+    found = {}
+    for file in files:
+        sha256 = file_sha256(file)
+        if entry := public.get(sha256):
+            about = {"licence": entry.licence, "attribution": entry.attribution}
+            found[entry.name] = about | {"sha256": sha256}
+        else:
+            found[file] = {"licence": "the user's"}
+    return found
 
 
 @train_app.command()
@@ -84,6 +104,12 @@ def sft(
         bool,
         typer.Option("--keep-all", help="Learn from copies and personal data in FILE, too."),
     ] = False,
+    longest: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS", help="Leave out what FILE says in longer replies than this."
+        ),
+    ] = None,
     resume: Resume = False,
     run: Annotated[str, typer.Option(metavar="NAME", help="Folder name under runs/.")] = "sft",
     settings: Settings = None,
@@ -99,7 +125,7 @@ def sft(
     import torch
 
     from tinychat.data import corpus
-    from tinychat.data.split import split_of
+    from tinychat.data.split import by_split
     from tinychat.dialogue import render
     from tinychat.gpt import load_model
     from tinychat.gpt import preset as model_preset
@@ -111,6 +137,8 @@ def sft(
     # 1. Everything that can be wrong is found before the first minute is spent.
     if minutes is not None:
         check_minutes(minutes, resume)
+    if longest is not None and longest < 1:
+        raise ConfigError(f"--longest is {longest}; it must be 1 or more.")
     folder = run_folder(run, resume)
     record: dict[str, Any] = (
         read_record(folder, "from") if resume else {"from": str(find_checkpoint(start))}
@@ -123,6 +151,7 @@ def sft(
     files = [str(file) for file in data or []] or record.get("data", [])
     if resume:  # the run goes on with the conversations that it began with
         keep_all = record.get("keep_all", True)
+        longest = record.get("longest")
     minutes = minutes or budget_of(record, folder)
     place = pick_device(device)
     set_threads()
@@ -139,14 +168,18 @@ def sft(
             raise ConfigError(f"{record['from']} is no {preset} model; leave --preset out.")
 
     # 2. Conversations: our own, and the user's. A validation part is never trained on.
-    def by_split(dialogues: list[Dialogue]) -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {"train": [], "validation": [], "test": []}
-        for one in dialogues:
-            found[split_of(one.id)].append(render(one, pieces, context=config.sequence + 1))
-        return found
+    def rendered(dialogues: list[Dialogue]) -> list[Rendered]:
+        return [render(one, pieces, context=config.sequence + 1) for one in dialogues]
 
-    rendered = by_split([*corpus.dialogues(), *own_dialogues(files, keep_all)])
+    def brief(one: Dialogue) -> bool:
+        said = [turn.content for turn in one.messages if turn.role == "assistant"]
+        return all(len(pieces.encode(reply)) <= (longest or 0) for reply in said)
+
+    own = own_dialogues(files, keep_all, brief if longest else None)
+    talks = by_split([*corpus.dialogues(), *own])
+    written = len(by_split(corpus.dialogues())["train"])
     basics = by_split(corpus.basics())
+    train, simple = rendered(talks["train"]), rendered(basics["train"])
     if not resume:
         write_record(
             folder,
@@ -156,17 +189,24 @@ def sft(
                 "minutes": minutes,
                 "data": files,
                 "keep_all": keep_all,
+                "longest": longest,
             },
         )
     elif settings:
         update_record(folder, record | {"set": chosen})
 
-    def validation(conversations: list[Any] = rendered["validation"]) -> Iterator[Batch]:
-        held_out = PackedConversations(conversations, config, pieces.pad_id)
+    def batches_of(unseen: list[Dialogue]) -> Callable[[], Iterator[Batch]]:
+        held_out = PackedConversations(rendered(unseen), config, pieces.pad_id)
         rows = held_out.rows(0)
-        for first in range(0, len(rows), config.batch):
-            part = rows[first : first + config.batch]
-            yield held_out.batch([*part, *[[]] * (config.batch - len(part))])
+
+        def batches() -> Iterator[Batch]:
+            for first in range(0, len(rows), config.batch):
+                part = rows[first : first + config.batch]
+                yield held_out.batch([*part, *[[]] * (config.batch - len(part))])
+
+        return batches
+
+    validation = batches_of(talks["validation"])
 
     # 3. Train.
     model = model.to(place).train()
@@ -174,7 +214,7 @@ def sft(
     with training_progress("sft", model.config.parameters, True) as (show, stop):
         result = finetune(
             model,
-            rendered["train"] + BASICS * basics["train"],
+            train + simple,
             config,
             folder,
             pad=pieces.pad_id,
@@ -192,18 +232,18 @@ def sft(
     model.eval()
     loss_function = LossFunction(model, dtype=config.loop(1).dtype, compiled=False)
     bits = {
-        name: bits_per_byte(loss_function, validation(unseen), token_bytes_V)
-        for name, unseen in (
-            ("unseen replies", rendered["validation"]),
-            ("basics in unseen words", basics["validation"]),
+        name: bits_per_byte(loss_function, batches(), token_bytes_V)
+        for name, batches in (
+            ("unseen replies", validation),
+            ("basics in unseen words", batches_of(basics["validation"])),
         )
     }
     lineage = lineage_of(
         result,
         data={
-            "dialogues": {"licence": "CC0-1.0", "conversations": len(rendered["train"])},
-            "basics": {"licence": "CC0-1.0", "conversations": len(basics["train"])},
-            **{file: {"licence": "the user's"} for file in files},
+            "dialogues": {"licence": "CC0-1.0", "conversations": written},
+            "basics": {"licence": "CC0-1.0", "conversations": len(simple)},
+            **records_of(files),
         },
         settings=asdict(config),
         parent=record["from"],

@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from tinychat.data.corpus import dialogues
@@ -194,24 +195,22 @@ def near_misses(answered: Sequence[Dialogue], most: int = 2500) -> list[Ranked]:
     for place, n in enumerate(order):
         one, (*_, asked, said) = answered[n], words[n]
         rare = {word for word in asked & said if seen_in[word] <= RARE}
-        kin = same[one.topic]
-        here = kin.index(n)
-        rest = (order[(place + step) % len(order)] for step in range(1, len(order)))
-        strangers = (m for m in rest if answered[m].topic != one.topic)
-        others = [
-            next((m for m in some if not rare & words[m][-1]), None)
-            for some in ([*kin[here + 1 :], *kin[:here]], strangers)
-        ]
-        if not rare or None in others:
+        if not rare:
             continue
-        worse = [
-            Reply(answered[m].messages[-1].content, 1, flaw)
-            for m, flaw in zip(others, ("wrong", "offtopic"), strict=True)
-            if m is not None
-        ]
-        replies = (Reply(one.messages[-1].content, 0), *worse)
-        found.append(Ranked(one.messages[:-1], replies, "basics", one.id))
+        kin = same[one.topic]
+        strangers = (m for m in _others(order, place) if answered[m].topic != one.topic)
+        replies = [Reply(one.messages[-1].content, 0)]
+        for some, flaw in ((_others(kin, kin.index(n)), "wrong"), (strangers, "offtopic")):
+            free = (m for m in some if not rare & words[m][-1])
+            replies += [Reply(answered[m].messages[-1].content, 1, flaw) for m in islice(free, 1)]
+        if len(replies) == 3:
+            found.append(Ranked(one.messages[:-1], tuple(replies), "basics", one.id))
     return sorted(found, key=lambda group: _digest("cap", group.id))[:most]
+
+
+def _others(places: Sequence[int], at: int) -> Iterator[int]:
+    """All but the one at `at`, beginning behind it, once around."""
+    return (places[(at + step) % len(places)] for step in range(1, len(places)))
 
 
 def public_ranked(folder: Path, names: Iterable[str] = tuple(PUBLIC)) -> list[Ranked]:

@@ -23,7 +23,12 @@ from tinychat.runtime.errors import DataError
 if TYPE_CHECKING:
     from tinychat.tokenizer import Tokenizer
 
-EMBEDDED = ("stories", "explanations", "dialogues", "basics")
+EMBEDDED: dict[str, Callable[[], Sequence[Document | Dialogue]]] = {
+    "stories": corpus.stories,
+    "explanations": corpus.explanations,
+    "dialogues": corpus.dialogues,
+    "basics": corpus.basics,
+}
 SPLITS = ("train", "validation")
 BATCH = 4_000_000  # characters encoded at a time
 NOT_FOR_PRETRAINING = frozenset(
@@ -146,14 +151,8 @@ def _chain(first: Sequence[int], rest: Iterable[Sequence[int]]) -> Iterator[Sequ
 
 
 def _records(name: str, folder: Path | None) -> Iterator[Document | Dialogue]:
-    own: dict[str, Callable[[], Sequence[Document | Dialogue]]] = {
-        "stories": corpus.stories,
-        "explanations": corpus.explanations,
-        "dialogues": corpus.dialogues,
-        "basics": corpus.basics,
-    }
-    if name in own:
-        yield from own[name]()
+    if name in EMBEDDED:
+        yield from EMBEDDED[name]()
     elif is_dialogues(name, folder):
         yield from read_dialogues(name, folder)
     else:

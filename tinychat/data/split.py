@@ -1,9 +1,20 @@
 """Which part of the data a record belongs to, from its id alone."""
 
 import hashlib
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, Protocol, TypeVar
 
 Split = Literal["train", "validation", "test"]
+
+
+class HasId(Protocol):
+    """A dialogue, a document: whatever has an id."""
+
+    @property
+    def id(self) -> str: ...
+
+
+R = TypeVar("R", bound=HasId)
 
 
 def split_of(id: str) -> Split:
@@ -17,3 +28,11 @@ def split_of(id: str) -> Split:
     if percent < 90:
         return "train"
     return "validation" if percent < 95 else "test"
+
+
+def by_split(records: Iterable[R]) -> dict[Split, list[R]]:
+    """Sort records into the three parts, in the order in which they came."""
+    parts: dict[Split, list[R]] = {"train": [], "validation": [], "test": []}
+    for record in records:
+        parts[split_of(record.id)].append(record)
+    return parts
