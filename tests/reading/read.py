@@ -1,9 +1,10 @@
-"""Print a chat model's replies to fifty prompts that no training text holds, for reading.
+"""Print a chat model's replies to fifty prompts, for reading.
 
-    python tests/reading/read.py CKPT [--seed 0] [--temperature 0.7]
+    python tests/reading/read.py CKPT [--seed 0] [--temperature 0.7] [--prompts FILE]
 
-A person judges them; the verdicts go into chapters/lab_notes.md. Prompts that a training
-conversation opens with, word for word, are marked.
+A person judges them; the verdicts go into chapters/lab_notes.md. prompts.txt holds what no
+training text may ask; strangers.txt was written by somebody who knew neither the texts nor the
+model. Prompts that a training conversation opens with, word for word, are marked.
 """
 
 import argparse
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--prompts", type=Path, default=Path(__file__).with_name("prompts.txt"))
     options = parser.parse_args()
     model, tokenizer, info = load_model(find(options.checkpoint))
     training = [*corpus.dialogues(), *corpus.basics()]
@@ -34,7 +36,7 @@ def main() -> None:
         temperature=options.temperature, top_p=0.9, max_tokens=120, seed=options.seed
     )
     print(f"{info.path} ({info.stage}), temperature {options.temperature}, seed {options.seed}\n")
-    prompts = Path(__file__).with_name("prompts.txt").read_text(encoding="utf-8").splitlines()
+    prompts = options.prompts.read_text(encoding="utf-8").splitlines()
     for number, prompt in enumerate(prompts, 1):
         ids = render_prompt(
             [Message("user", prompt)], tokenizer, context=model.config.context, reserve=120
