@@ -20,7 +20,7 @@ WISHES: dict[str, tuple[float, float, float]] = {
     "stories": (0.01, 0.02, 8),
     "explanations": (0.01, 0.02, 8),
     "dialogues": (0.06, 0.18, 8),
-    "basics": (0.02, 0.25, 40),
+    "basics": (0.02, 0.45, 22),
     "self_dialogue": (0.10, 0.08, 6),
     "synthetic_persona_chat": (0.03, 0.05, 6),
     "chitchat_byu_clean": (0.02, 0.02, 6),
