@@ -176,8 +176,8 @@ def sft(
         return all(len(pieces.encode(reply)) <= (longest or 0) for reply in said)
 
     own = own_dialogues(files, keep_all, brief if longest else None)
-    talks = by_split([*corpus.dialogues(), *own])
-    written = len(by_split(corpus.dialogues())["train"])
+    ours, theirs = by_split(corpus.dialogues()), by_split(own)
+    talks = {side: [*ours[side], *theirs[side]] for side in ours}
     basics = by_split(corpus.basics())
     train, simple = rendered(talks["train"]), rendered(basics["train"])
     if not resume:
@@ -232,16 +232,18 @@ def sft(
     model.eval()
     loss_function = LossFunction(model, dtype=config.loop(1).dtype, compiled=False)
     bits = {
-        name: bits_per_byte(loss_function, batches(), token_bytes_V)
-        for name, batches in (
-            ("unseen replies", validation),
-            ("basics in unseen words", batches_of(basics["validation"])),
+        name: bits_per_byte(loss_function, batches_of(unseen)(), token_bytes_V)
+        for name, unseen in (
+            ("unseen replies", ours["validation"]),
+            ("basics in unseen words", basics["validation"]),
+            ("unseen replies of --data", theirs["validation"]),
         )
+        if unseen
     }
     lineage = lineage_of(
         result,
         data={
-            "dialogues": {"licence": "CC0-1.0", "conversations": written},
+            "dialogues": {"licence": "CC0-1.0", "conversations": len(ours["train"])},
             "basics": {"licence": "CC0-1.0", "conversations": len(simple)},
             **records_of(files),
         },
