@@ -303,9 +303,9 @@ def test_every_stage_is_its_own_command(asked):
     assert [Path(name).parent.name for name in report["models"]] == ["ppo-2", "ppo", "sft", "base"]
     assert report["judge"] == "runs/x/judge/reward.safetensors" and report["prompts"] == 300
     # Fewer minutes than the readings need: then the minutes decide.
-    plan.trained["sft"] = 0.7
+    plan.trained["sft"] = 0.3
     stages.finetune_sft(plan, BY_NAME["sft"], "cpu")
-    assert asked["x/sft"]["minutes"] == 0.7
+    assert asked["x/sft"]["minutes"] == 0.3
 
 
 def test_a_stage_that_has_begun_is_resumed_as_it_was_begun(asked):
