@@ -468,9 +468,7 @@ for one in foreign[:2]:
 # The harder sort is a *near miss*: a reply of the same kind to another question, the capital of
 # another country, the sound of another animal. It has the right form, the right length and a true
 # sentence, and is wrong. The basics of chapter 10 give such pairs by a rule: the good reply takes up
-# a rare word of its question ("Peru"), and the worse one of the same topic does not hold it. Another
-# worse one says what it can't know or do. That is the best reply to some questions, and a policy of
-# ours found out that it paid for all of them: "I can't see the sky" (the lab notes show it).
+# a rare word of its question ("Peru"), and the worse one of the same topic does not hold it.
 
 # %%
 near = near_misses([one for one in basics() if split_of(one.id) == "train"])

@@ -13,7 +13,6 @@ from tinychat.data.corpus import basics
 from tinychat.data.groups import GroupBatches, tokenize_group, tokenize_groups
 from tinychat.data.onpolicy import flaw_of, rank_samples, repeated_share, sample_ranked
 from tinychat.data.preferences import (
-    EVASIVE,
     Ranked,
     Reply,
     by_part,
@@ -180,15 +179,6 @@ def test_near_misses_of_the_basics_never_hold_the_word_that_was_asked_for():
         first, *others = (set(re.findall(r"\w+", r.text.casefold())) for r in group.replies)
         for other in others:
             assert (asked & first) - other, "no word tells the right reply from the wrong one"
-
-
-def test_a_refusal_is_worse_than_an_answer_and_never_worse_than_a_refusal():
-    groups = near_misses([one for one in basics() if split_of(one.id) == "validation"])
-    refusals = [reply.text for g in groups for reply in g.replies if reply.flaw == "ignores"]
-    answered = [g for g in groups if not EVASIVE.search(g.replies[0].text)]
-    assert len(refusals) == len(answered) > 200 and len(answered) < len(groups)
-    assert all(EVASIVE.search(text) for text in refusals)
-    assert len(set(refusals)) > 50, "not the same one for all"
 
 
 def test_every_conversation_of_the_corpus_can_be_mismatched():

@@ -82,7 +82,6 @@ PUBLIC = {
     "oasst_eval_kwise_constructed": (0.3, 10_000),
     "personality_kwise_constructed": (0.3, 10_000),
 }
-EVASIVE = re.compile(r"\bI (can't|won't|don't know|have no)\b")
 RARE = 40  # conversations that a word stands in; one that stands in more says little of the topic
 RATINGS = "topical_chat_turn_ratings_sub"
 
@@ -180,10 +179,8 @@ def near_misses(answered: Sequence[Dialogue], most: int = 2500) -> list[Ranked]:
 
     "The capital of Peru is Lima." against "The capital of Chile is Santiago.": only who reads the
     question can tell. Conversations count in which the reply takes up a rare word of its question;
-    the worse replies, one of the same topic and one of another, don't hold that word. Where the
-    written reply is an answer, a third one says what it can't do or know: good where it is true,
-    but a policy that learns that it always pays says nothing else. Give conversations of one part
-    of the split, and of one half; a hash decides which `most` are taken.
+    the worse replies, one of the same topic and one of another, don't hold that word. Give
+    conversations of one part of the split, and of one half; a hash decides which `most` are taken.
     """
     words = [
         [set(re.findall(r"\w+", message.content.casefold())) for message in one.messages]
@@ -191,7 +188,6 @@ def near_misses(answered: Sequence[Dialogue], most: int = 2500) -> list[Ranked]:
     ]
     seen_in = Counter(word for turns in words for word in set().union(*turns))
     order = sorted(range(len(answered)), key=lambda n: _digest("near", answered[n].id))
-    evasive = [n for n in order if EVASIVE.search(answered[n].messages[-1].content)]
     same: dict[str, list[int]] = defaultdict(list)
     for n in order:
         same[answered[n].topic].append(n)
@@ -203,14 +199,11 @@ def near_misses(answered: Sequence[Dialogue], most: int = 2500) -> list[Ranked]:
             continue
         kin = same[one.topic]
         strangers = (m for m in _others(order, place) if answered[m].topic != one.topic)
-        pools = [(_others(kin, kin.index(n)), "wrong"), (strangers, "offtopic")]
-        if evasive and not EVASIVE.search(one.messages[-1].content):
-            pools.append((_others(evasive, place % len(evasive)), "ignores"))
         replies = [Reply(one.messages[-1].content, 0)]
-        for some, flaw in pools:
+        for some, flaw in ((_others(kin, kin.index(n)), "wrong"), (strangers, "offtopic")):
             free = (m for m in some if not rare & words[m][-1])
             replies += [Reply(answered[m].messages[-1].content, 1, flaw) for m in islice(free, 1)]
-        if {"wrong", "offtopic"} <= {reply.flaw for reply in replies}:
+        if len(replies) == 3:
             found.append(Ranked(one.messages[:-1], tuple(replies), "basics", one.id))
     return sorted(found, key=lambda group: _digest("cap", group.id))[:most]
 
