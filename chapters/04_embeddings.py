@@ -436,7 +436,8 @@ assert right / asked > 0.4 and right > lazy + 0.1 * asked
 questions, by_step, by_neighbour = analogies["more"]
 assert by_step > by_neighbour + 0.3 * questions
 for relation in ("past", "more"):
-    questions, by_step, _ = analogies[relation]
+    questions, by_step, by_neighbour = analogies[relation]
+    assert by_step > by_neighbour
     assert by_step / questions > analogies["opposite"][1] / analogies["opposite"][0] + 0.2
 
 

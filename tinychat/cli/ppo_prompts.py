@@ -41,10 +41,12 @@ def find_prompts(
     for dialogue in corpus.dialogues():
         for prompt in prompts_of(dialogue):
             add(split_of(dialogue.id), prompt)
+    sources: dict[str, Any] = {"dialogues": {"licence": "CC0-1.0", "prompts": len(found["train"])}}
     for dialogue in by_split(corpus.basics())["train"][: len(corpus.dialogues())]:
         for prompt in prompts_of(dialogue):
             add("train", prompt)
-    sources: dict[str, Any] = {"dialogues": {"licence": "CC0-1.0", "prompts": len(found["train"])}}
+    own = len(found["train"])
+    sources["basics"] = {"licence": "CC0-1.0", "prompts": own - sources["dialogues"]["prompts"]}
     if folder := data_folder(data):
         for prompt in public_prompts(folder):
             if prompt[-1].role == "user" and split_of(prompt_key(prompt)) == "train":
@@ -54,7 +56,7 @@ def find_prompts(
             "licence": entry.licence,
             "attribution": entry.attribution,
             "sha256": entry.sha256,
-            "prompts": len(found["train"]) - sources["dialogues"]["prompts"],
+            "prompts": len(found["train"]) - own,
         }
     unseen = found["validation"].keys() | found["test"].keys()
     train = [ids for key, ids in found["train"].items() if key not in unseen]

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 OWN_SAMPLES = "on_policy.jsonl"
 REFERENCES = 1000  # good replies that set mean, deviation and the slope against length
-NEAR = {"train": 2500, "validation": 250, "test": 250}  # near misses of the basics, at most
+HELD_OUT_NEAR = 250  # near misses in the validation part and in the test part, at most
 UNSEEN_PROMPTS = 40  # held-out prompts that the sampler answers too, to measure on
 
 
@@ -183,10 +183,11 @@ def reward(
         if for_judge(one.messages[:-1]) == record["judge"]
         and prompt_key(one.messages[:-1]) not in held
     ]
-    foreign = {
-        side: [*mismatched(groups), *near_misses(simple[side], NEAR[side])]
-        for side, groups in answered.items()
+    near = {
+        side: near_misses(some) if side == "train" else near_misses(some, HELD_OUT_NEAR)
+        for side, some in simple.items()
     }
+    foreign = {side: [*mismatched(groups), *near[side]] for side, groups in answered.items()}
     kept = folder / OWN_SAMPLES
     if record["samples"] and not kept.is_file():
         asked = [group for group in half if group.source == "corpus"][: record["samples"]]

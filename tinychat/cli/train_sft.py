@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,18 +54,22 @@ def own_dialogues(
     from tinychat.data.public import read_dialogues
     from tinychat.dialogue import curate
 
-    found = [dialogue for file in files for dialogue in read_dialogues(file)]
-    short = list(filter(brief, found)) if brief else found
-    if not files or (keep_all and not brief):
-        return found
-    curated = None if keep_all else curate(short, cap=None)
-    kept = curated.kept if curated else short
-    print(f"{', '.join(files)}: learning from {len(kept):,} of {len(found):,} conversations")
+    if not files:
+        return []
+    kept = found = [dialogue for file in files for dialogue in read_dialogues(file)]
+    left_out = {}
     if brief:
-        print(f"  left out: a reply over --longest, {len(found) - len(short):,}")
+        kept = list(filter(brief, found))
+        left_out["a reply over --longest"] = len(found) - len(kept)
+    curated = None if keep_all else curate(kept, cap=None)
+    if curated:
+        kept = curated.kept
+        left_out |= {reason: len(ids) for reason, ids in curated.removed.items()}
+    if brief or curated:
+        print(f"{', '.join(files)}: learning from {len(kept):,} of {len(found):,} conversations")
+    for reason, count in left_out.items():
+        print(f"  left out: {reason}, {count:,}")
     if curated and curated.removed:
-        for reason, ids in curated.removed.items():
-            print(f"  left out: {reason}, {len(ids):,}")
         print("  (--keep-all learns from these too)")
     return kept
 
@@ -171,11 +176,11 @@ def sft(
     def rendered(dialogues: list[Dialogue]) -> list[Rendered]:
         return [render(one, pieces, context=config.sequence + 1) for one in dialogues]
 
-    def brief(one: Dialogue) -> bool:
+    def brief(one: Dialogue, most: int) -> bool:
         said = [turn.content for turn in one.messages if turn.role == "assistant"]
-        return all(len(pieces.encode(reply)) <= (longest or 0) for reply in said)
+        return all(len(pieces.encode(reply)) <= most for reply in said)
 
-    own = own_dialogues(files, keep_all, brief if longest else None)
+    own = own_dialogues(files, keep_all, partial(brief, most=longest) if longest else None)
     ours, theirs = by_split(corpus.dialogues()), by_split(own)
     talks = {side: [*ours[side], *theirs[side]] for side in ours}
     basics = by_split(corpus.basics())

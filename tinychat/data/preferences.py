@@ -83,6 +83,7 @@ PUBLIC = {
     "personality_kwise_constructed": (0.3, 10_000),
 }
 RARE = 40  # conversations that a word stands in; one that stands in more says little of the topic
+NEAR_MISSES = 2500  # groups of the basics, at most
 RATINGS = "topical_chat_turn_ratings_sub"
 
 
@@ -174,7 +175,7 @@ def mismatched(groups: Sequence[Ranked], count: int = 2) -> list[Ranked]:
     return found
 
 
-def near_misses(answered: Sequence[Dialogue], most: int = 2500) -> list[Ranked]:
+def near_misses(answered: Sequence[Dialogue], most: int = NEAR_MISSES) -> list[Ranked]:
     """Rank a written reply above one of the same kind that answers another question.
 
     "The capital of Peru is Lima." against "The capital of Chile is Santiago.": only who reads the
@@ -188,24 +189,28 @@ def near_misses(answered: Sequence[Dialogue], most: int = 2500) -> list[Ranked]:
     ]
     seen_in = Counter(word for turns in words for word in set().union(*turns))
     order = sorted(range(len(answered)), key=lambda n: _digest("near", answered[n].id))
+    place = {n: at for at, n in enumerate(order)}
     same: dict[str, list[int]] = defaultdict(list)
     for n in order:
         same[answered[n].topic].append(n)
-    found = []
-    for place, n in enumerate(order):
-        one, (*_, asked, said) = answered[n], words[n]
-        rare = {word for word in asked & said if seen_in[word] <= RARE}
-        if not rare:
-            continue
-        kin = same[one.topic]
-        strangers = (m for m in _others(order, place) if answered[m].topic != one.topic)
-        replies = [Reply(one.messages[-1].content, 0)]
-        for some, flaw in ((_others(kin, kin.index(n)), "wrong"), (strangers, "offtopic")):
-            free = (m for m in some if not rare & words[m][-1])
-            replies += [Reply(answered[m].messages[-1].content, 1, flaw) for m in islice(free, 1)]
-        if len(replies) == 3:
-            found.append(Ranked(one.messages[:-1], tuple(replies), "basics", one.id))
-    return sorted(found, key=lambda group: _digest("cap", group.id))[:most]
+
+    def groups() -> Iterator[Ranked]:
+        for n in sorted(order, key=lambda n: _digest("cap", answered[n].id)):
+            one, (*_, asked, said) = answered[n], words[n]
+            rare = {word for word in asked & said if seen_in[word] <= RARE}
+            if not rare:
+                continue
+            kin = same[one.topic]
+            strangers = (m for m in _others(order, place[n]) if answered[m].topic != one.topic)
+            replies = [Reply(one.messages[-1].content, 0)]
+            for some, flaw in ((_others(kin, kin.index(n)), "wrong"), (strangers, "offtopic")):
+                free = (m for m in some if not rare & words[m][-1])
+                texts = (answered[m].messages[-1].content for m in islice(free, 1))
+                replies += (Reply(text, 1, flaw) for text in texts)
+            if len(replies) == 3:
+                yield Ranked(one.messages[:-1], tuple(replies), "basics", one.id)
+
+    return list(islice(groups(), most))
 
 
 def _others(places: Sequence[int], at: int) -> Iterator[int]:

@@ -68,11 +68,9 @@ def unseen_prompts(
                 seen.add(prompt_key(prompt))
             else:
                 own.setdefault(prompt_key(prompt), prompt)
-    seen |= {prompt_key(prompt) for one in corpus.basics() for prompt in prompts_of(one)}
     public = _left_out_by_ppo(folder) if folder else {}
     seen |= {prompt_key(group.prompt) for group in by_part(corpus_ranked())["train"]}
-    if folder:
-        seen |= _seen_in_public(folder, own.keys() | public.keys())
+    seen |= _seen_elsewhere(folder, own.keys() | public.keys())
     ours, theirs = (
         sorted((key for key in some if key not in seen), key=lambda key: _digest(seed, key))
         for some in (own, public)
@@ -110,8 +108,8 @@ def _is_asked(prompt: Sequence[Message]) -> bool:
     return turns == ["user", "assistant"] * (len(turns) // 2) + ["user"]
 
 
-def _seen_in_public(folder: Path, asked: Iterable[str]) -> set[str]:
-    """Which of these prompts stand in the training parts of the public files."""
+def _seen_elsewhere(folder: Path | None, asked: Iterable[str]) -> set[str]:
+    """Which of these prompts stand in the basics or in the training parts of the public files."""
     asked = set(asked)
     # Most turns can be told apart by their last words, before a long conversation is put together.
     ends = {key.rpartition("\n")[2] for key in asked}
@@ -121,6 +119,11 @@ def _seen_in_public(folder: Path, asked: Iterable[str]) -> set[str]:
         if prompt_key(prompt[-1:]) in ends and (key := prompt_key(prompt)) in asked:
             seen.add(key)
 
+    for dialogue in corpus.basics():  # whole: its parts ask the same in other words
+        for prompt in prompts_of(dialogue):
+            look(prompt)
+    if not folder:
+        return seen
     for entry in sources("sft"):
         if (folder / entry.file).is_file():
             for dialogue in read_dialogues(entry.name, folder):
