@@ -89,6 +89,7 @@ from tinychat.data import tokenizer_model
 from tinychat.data.corpus import basics
 from tinychat.data.groups import tokenize_groups
 from tinychat.data.onpolicy import RULES, flaw_of, sample_ranked
+from tinychat.data.exchange import mismatched, near_misses, refusals
 from tinychat.data.preferences import (
     Ranked,
     Reply,
@@ -96,8 +97,6 @@ from tinychat.data.preferences import (
     corpus_answered,
     corpus_ranked,
     for_judge,
-    mismatched,
-    near_misses,
     prompt_key,
 )
 from tinychat.data.records import Message
@@ -412,7 +411,13 @@ assert abs(ours.item() - by_hand) < 1e-6
 # else's.)
 #
 # Who ranks them? The written reply is better, that much is safe. Among the samples, a few plain rules
-# decide. You find them in `tinychat/data/onpolicy.py`, and you can disagree with each.
+# decide. You find them in `tinychat/data/onpolicy.py`, and you can disagree with each. And among those
+# that break no rule, the one that was drawn at the lowest temperature stands first: the words that a
+# model itself holds for unlikely are where its replies fall apart.
+#
+# Each rule is there because a reward model went without it. One of ours had seen few samples, all from
+# one temperature, and of sixteen replies it picked *"The oldricx cream barked"*: it had never learned
+# that "oldricx" is no word, since no person who writes a bad reply on purpose would make it up.
 
 # %%
 print("rules, worst first:", ", ".join(RULES))
@@ -422,6 +427,7 @@ for text, ended in (
     ("What do cats eat for breakfast", True),
     ("Cats eat cats eat cats eat cats eat cats eat.", True),
     ("Cats eat many things, and then they", False),
+    ("Cats eat mousefish and catterpies.", True),
     ("<|user|> and dogs?", True),
     ("...", True),
 ):
@@ -429,8 +435,11 @@ for text, ended in (
 
 # %%
 sampled_from = parts["train"][: amount(40, 16, 4)] + parts["validation"][: amount(40, 16, 4)]
-sampling = Sampling(temperature=1.0, max_tokens=amount(40, 32, 12), seed=0)
-sampled = sample_ranked(sft, tokenizer, sampled_from, sampling, count=3)
+ways = [
+    Sampling(temperature=temperature, max_tokens=amount(40, 32, 12), seed=0)
+    for temperature in (0.3, 0.7, 1.0)
+]
+sampled = sample_ranked(sft, tokenizer, sampled_from, ways)
 shown = sampled[0]
 print(f"the user: {shown.prompt[-1].content}")
 for reply in shown.replies:
@@ -477,13 +486,28 @@ for one in near[:3]:
     for reply in one.replies:
         print(f"  {reply.rank} {reply.flaw:8} {reply.text[:70]!r}")
 
+# %% [markdown]
+# A near miss is always an answer. So a judge can still learn that a *refusal* is never wrong, and a run
+# of chapter 12 ended in "I can't know that." behind every other question. The cure is the same once
+# more: a refusal and an answer change places. Each of the two is right behind its own question and
+# wrong behind the other one, and each loses as often as it wins.
+
+# %%
+exchanged = refusals([one for one in basics() if split_of(one.id) == "train"])
+print(f"{len(exchanged)} prompts")
+for one in exchanged[:2]:
+    print(f"> {one.prompt[-1].content}")
+    for reply in one.replies:
+        print(f"  {reply.rank} {reply.flaw:9} {reply.text[:70]!r}")
+
 # %% tags=["test"]
-better, worse = Counter(), Counter()
-for one in foreign:
-    for good, bad in one.pairs:
-        better[one.replies[good].text] += 1
-        worse[one.replies[bad].text] += 1
-assert sum(abs(better[text] - worse[text]) for text in better) <= 0.02 * better.total()
+for some in (foreign, exchanged):
+    better, worse = Counter(), Counter()
+    for one in some:
+        for good, bad in one.pairs:
+            better[one.replies[good].text] += 1
+            worse[one.replies[bad].text] += 1
+    assert sum(abs(better[text] - worse[text]) for text in better) <= 0.02 * better.total()
 
 # %% [markdown]
 # ## How good is a judge?

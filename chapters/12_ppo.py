@@ -1459,7 +1459,11 @@ for beta, curve_of in hacked.items():
 # It helps, too, not to make everything a goal. A *condition* can be met and then pays nothing more, so
 # there is nothing to run after. Ours has one: a reply that fits its question worse than written replies
 # do (`question_fit`, chapter 11) loses marks; one that fits better gains none. Without it, a policy of
-# ours found that "I don't know. Tell me what you'd like." pleases the reward model everywhere.
+# ours found that "I don't know. Tell me what you'd like." pleases the reward model everywhere. And the
+# rules of chapter 11 are a second condition: who makes up a word, never ends or says one thing over and
+# over loses marks once, however often. Our reward model does not see that a word doesn't exist (58 % of
+# such pairs right where it learned them, 45 % elsewhere: lab notes), and a rule does. OpenAI's models
+# get **rule-based rewards** beside a learned one, too, with a model as the grader (Mu et al. 2024).
 #
 # Here are the real runs of our lab notes, with a chat model and a reward model of ours. Drag the step
 # along the run, then drag beta: how far would the run have gone if each nat had cost that much?
@@ -1855,10 +1859,11 @@ torch.testing.assert_close(found_3, best_3, atol=2e-3, rtol=0)
 #   Feedback](https://arxiv.org/abs/2204.05862) (2022). Iterated RLHF.
 # - A. Ahmadian et al.: [Back to Basics](https://arxiv.org/abs/2402.14740) (2024). RLOO.
 # - Z. Shao et al.: [DeepSeekMath](https://arxiv.org/abs/2402.03300) (2024). GRPO.
+# - T. Mu et al.: [Rule Based Rewards for Language Model
+#   Safety](https://arxiv.org/abs/2411.01111) (2024).
 # - R. Rafailov et al.: [Direct Preference Optimization](https://arxiv.org/abs/2305.18290) (2023).
 # - J. Li et al.: [A Diversity-Promoting Objective Function for Neural Conversation
-#   Models](https://arxiv.org/abs/1510.03055) (2016).
+#   Models](https://arxiv.org/abs/1510.03055) (2016). Distinct-n.
 # - A. Karpathy: [nanochat](https://github.com/karpathy/nanochat) (2025), `scripts/chat_rl.py`; J. Gong:
 #   [minimind](https://github.com/jingyaogong/minimind), `trainer/train_ppo.py`; Hugging Face:
 #   [TRL](https://github.com/huggingface/trl). Three other ways to write this chapter.
-#   Distinct-n.

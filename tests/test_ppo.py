@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from tinychat import ppo
 from tinychat.cli.app import app
-from tinychat.cli.fit import with_fit, written_replies
+from tinychat.cli.conditions import asked, with_fit, with_rules, written_replies
 from tinychat.data import tokenizer_model
 from tinychat.data.records import Message
 from tinychat.dialogue import render_prompt
@@ -655,6 +655,7 @@ def test_a_judge_looks_on_and_is_no_teacher(here):
         (["--from", "base.safetensors", "--minutes", "1"], "is a base model"),
         (["--minutes", "0"], "--minutes is 0"),
         (["--minutes", "1", "--fit", "-1"], "--fit is -1"),
+        (["--minutes", "1", "--rules", "nan"], "--rules is nan"),
         ([], "How long? Give a budget"),
         (["--minutes", "1", "--set", "max_tokens=400"], "No prompt is short enough"),
         (["--minutes", "1", "--reward", "sft.safetensors"], "gives no marks"),
@@ -690,6 +691,29 @@ def test_what_fits_worse_than_written_replies_loses_and_nothing_gains(here):
     expected_N = 2 * ((known_N.mean() - fit_N) / known_N.std()).clamp(min=0)
     torch.testing.assert_close(lost_N, expected_N, atol=1e-3, rtol=1e-3)
     assert bool((lost_N == 0).any()) and bool((lost_N > 0).any())
+
+
+def test_a_reply_that_breaks_a_rule_loses_once(here):
+    _, pieces, _ = load_model("sft.safetensors")
+    said = [("user", "hi, I am Boo"), ("assistant", "Hello!"), ("user", "and why?")]
+    messages = tuple(Message(*turn) for turn in said)
+    prompt = render_prompt(messages, pieces, context=160, reserve=8)
+    assert asked(prompt, pieces) == [
+        Message("system", "hi, I am Boo\nHello!"),
+        Message("user", "and why?"),
+    ]
+    end = pieces.end_id
+    replies = [
+        [*pieces.encode("Because of the cat, Boo."), end],
+        [*pieces.encode("Because of the stickericky cat."), end],
+        pieces.encode("Because of the cat"),
+        [*pieces.encode("cat cat cat cat cat"), end],
+        [*pieces.encode("stick stick stick stick stickericky")],
+        [end],
+    ]
+    rewards = with_rules(lambda prompts, replies: torch.arange(6.0), pieces, 1.5)
+    lost_N = torch.arange(6.0) - rewards([prompt] * 6, replies)
+    assert lost_N.tolist() == [0.0, 1.5, 1.5, 1.5, 1.5, 1.5]
 
 
 def test_another_reward_file_than_the_run_began_with(here):

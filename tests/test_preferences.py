@@ -1,26 +1,27 @@
 """Ranked replies: readers, the split by prompt, the judge's half, votes, rules for samples."""
 
 import json
-import re
-from collections import Counter
 
 import pytest
 import torch
 from fakes import ByteTokenizer, ScriptedGPT, UniformGPT
 
 from tinychat.data import preferences
-from tinychat.data.corpus import basics
 from tinychat.data.groups import GroupBatches, tokenize_group, tokenize_groups
-from tinychat.data.onpolicy import flaw_of, rank_samples, repeated_share, sample_ranked
+from tinychat.data.onpolicy import (
+    flaw_of,
+    is_made_up,
+    known_words,
+    rank_samples,
+    repeated_share,
+    sample_ranked,
+)
 from tinychat.data.preferences import (
     Ranked,
     Reply,
     by_part,
-    corpus_answered,
     corpus_ranked,
     for_judge,
-    mismatched,
-    near_misses,
     prompt_key,
     public_ranked,
     read_ranked,
@@ -28,7 +29,7 @@ from tinychat.data.preferences import (
     read_votes,
     write_ranked,
 )
-from tinychat.data.records import Dialogue, Message
+from tinychat.data.records import Message
 from tinychat.data.split import split_of
 from tinychat.generation import Sampling
 from tinychat.runtime.errors import DataError
@@ -122,75 +123,6 @@ def test_the_judges_half_is_about_half_and_disjoint():
 # Files
 
 
-def test_only_the_prompt_tells_own_replies_from_foreign_ones():
-    groups = [ranked(f"q{n}", f"reply {n}", "rude") for n in range(9)]
-    found = mismatched(groups, count=2)
-    assert sorted(group.id for group in found) == [f"q{n}" for n in range(9)]
-    for group in found:
-        assert group.replies[0].text == f"reply {group.id[1:]}" and group.replies[0].rank == 0
-        assert [(r.rank, r.flaw) for r in group.replies[1:]] == [(1, "offtopic")] * 2
-        assert "rude" not in [reply.text for reply in group.replies]
-    # Every reply wins twice and loses twice.
-    won = Counter(g.replies[one].text for g in found for one, _ in g.pairs)
-    lost = Counter(g.replies[two].text for g in found for _, two in g.pairs)
-    assert won == lost == Counter({f"reply {n}": 2 for n in range(9)})
-    assert mismatched(groups, count=2) == found == mismatched(groups[::-1], count=2)
-    # Replies that two prompts share are no pair.
-    assert mismatched([ranked("a", "same", "x"), ranked("b", "same", "y")]) == []
-
-
-def test_a_near_miss_is_of_the_same_kind_and_answers_another_question(monkeypatch):
-    monkeypatch.setattr(preferences, "RARE", 1)
-
-    def talk(topic: str, *turns: str) -> Dialogue:
-        roles = ("user", "assistant") * (len(turns) // 2)
-        messages = tuple(Message(*both) for both in zip(roles, turns, strict=True))
-        return Dialogue(turns[0], topic, messages)
-
-    peru, chile = "The capital of Peru is Lima.", "The capital of Chile is Santiago."
-    talks = [
-        talk("capitals", "capital of Peru?", peru),
-        talk("capitals", "and where is Lima?", "In the south of a country.", "of CHILE?", chile),
-        talk("sounds", "what does a cow say", "A cow says moo."),
-        talk("sounds", "hi there", "Hello!"),
-    ]
-    found = {group.prompt[-1].content: group for group in near_misses(talks)}
-    # "Lima" stands in two conversations, "capital" too; and "Hello!" takes up no word at all.
-    assert found.keys() == {"capital of Peru?", "of CHILE?", "what does a cow say"}
-    for question, right, near in (
-        ("capital of Peru?", peru, chile),
-        ("of CHILE?", chile, peru),
-        ("what does a cow say", "A cow says moo.", "Hello!"),
-    ):
-        replies = found[question].replies
-        assert [reply.rank for reply in replies] == [0, 1, 1]
-        assert [reply.text for reply in replies[:2]] == [right, near]
-        assert [reply.flaw for reply in replies] == ["", "wrong", "offtopic"]
-    assert len(found["of CHILE?"].prompt) == 3, "the whole conversation is the prompt"
-    assert near_misses(talks, most=1) == [near_misses(talks)[0]]
-    assert near_misses([]) == near_misses(talks[:1]) == []
-
-
-def test_near_misses_of_the_basics_never_hold_the_word_that_was_asked_for():
-    groups = near_misses([one for one in basics() if split_of(one.id) == "validation"])
-    assert len(groups) > 200
-    for group in groups:
-        asked = set(re.findall(r"\w+", group.prompt[-1].content.casefold()))
-        first, *others = (set(re.findall(r"\w+", r.text.casefold())) for r in group.replies)
-        for other in others:
-            assert (asked & first) - other, "no word tells the right reply from the wrong one"
-
-
-def test_every_conversation_of_the_corpus_can_be_mismatched():
-    answered = corpus_answered()
-    assert len(answered) > len(corpus_ranked())
-    assert all(len(group.replies) == 1 and not group.pairs for group in answered)
-    parts = by_part(answered)
-    own = {group.replies[0].text for group in parts["validation"]}
-    foreign = {reply.text for group in mismatched(parts["validation"]) for reply in group.replies}
-    assert foreign <= own, "nothing comes from another part of the split"
-
-
 def test_pairs_and_scores_from_files(tmp_path):
     pair = {"prompt": said("hi"), "chosen": "Hello!", "rejected": "No.", "neg": "rude"}
     scores = {
@@ -237,7 +169,6 @@ def test_written_and_read_again(tmp_path):
 
 
 def test_public_files_are_capped_by_a_hash(tmp_path, monkeypatch):
-    from tinychat.data import preferences
 
     folder = tmp_path / "preference"
     folder.mkdir()
@@ -354,32 +285,32 @@ def test_repeated_share_by_hand():
 
 
 def test_samples_are_ranked_below_the_written_reply():
-    samples = [
-        ("", True),
-        ("Fish.", True),
-        ("Fish and", False),
-        ("Milk.", True),
-        ("Mice, mostly.", True),
-    ]
-    group = rank_samples(ask("what do cats eat"), "Mice, mostly.", samples, "id")
+    calm = [("", True), ("Fish.", True), ("Mice, mostly.", True)]
+    hot = [("Fish and", False), ("Milk.", True), ("Fish.", True), ("Fishymilk.", True)]
+    group = rank_samples(ask("what do cats eat"), "Mice, mostly.", [calm, hot], "id")
     assert [(reply.text, reply.rank, reply.flaw) for reply in group.replies] == [
         ("Mice, mostly.", 0, ""),
-        ("Fish.", 1, ""),
-        ("Milk.", 1, ""),
-        ("Fish and", 2, "unfinished"),
-        ("", 3, "empty"),
+        ("Fish.", 1, ""),  # drawn twice: the calm one counts
+        ("Milk.", 2, ""),
+        ("Fishymilk.", 3, "made-up word"),
+        ("Fish and", 4, "unfinished"),
+        ("", 5, "empty"),
     ]
-    assert not group.replies[3].ended
+    assert not group.replies[4].ended
+    # Where nobody has written a reply, the calm sample is the best.
+    group = rank_samples(ask("what do cats eat"), None, [calm[1:2], hot[1:2]], "id")
+    assert [(reply.text, reply.rank) for reply in group.replies] == [("Fish.", 0), ("Milk.", 1)]
+    assert not rank_samples(ask("hi"), None, [[("Hi.", True)], [("Hi.", True)]], "id").pairs
 
 
 def test_sampling_from_a_model():
     model = ScriptedGPT(["Yes."])
-    groups = [ranked("hello", "Hi!", "no", id="one"), ranked("x" * 300, "too long", "y", id="two")]
-    found = sample_ranked(model, TOKENIZER, groups, Sampling(max_tokens=20, seed=0), count=2)
-    (group,) = found
+    long = ranked("x" * 300, "too long", "y", id="two")
+    groups = [ranked("hello", "Hi!", "no", id="one"), long]
+    ways = [Sampling(max_tokens=20, seed=0), Sampling(max_tokens=20, seed=1)]
+    (group,) = sample_ranked(model, TOKENIZER, groups, ways, count=2)
     assert [(r.text, r.rank, r.ended) for r in group.replies] == [
         ("Hi!", 0, True),
-        ("Yes.", 1, True),
         ("Yes.", 1, True),
     ]
     assert (group.id, group.source) == ("one", "on-policy")
@@ -388,9 +319,17 @@ def test_sampling_from_a_model():
 def test_a_model_that_never_ends_is_caught():
     model = UniformGPT()
     torch.manual_seed(0)
-    sampling = Sampling(max_tokens=3, seed=1, temperature=1.0)
-    (group,) = sample_ranked(model, TOKENIZER, [ranked("hello", "Hi!", "no")], sampling, count=4)
+    ways = [Sampling(max_tokens=3, seed=1, temperature=1.0)]
+    (group,) = sample_ranked(model, TOKENIZER, [ranked("hello", "Hi!", "no")], ways, count=4)
     assert all(reply.flaw for reply in group.replies[1:])
+
+
+def test_words_of_the_corpus_and_of_the_conversation_are_known():
+    known = known_words()
+    assert {"fox", "monday", "tinychat", "tuesday"} <= known and "stickericky" not in known
+    assert not is_made_up(ask("who is Grzegorz?"), "GRZEGORZ isn't here. 42!", True)
+    assert is_made_up(ask("who is Grzegorz?"), "Grzegorzes are here.", True)
+    assert not is_made_up(ask("hi"), "", True)
 
 
 # Tokens

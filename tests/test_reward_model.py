@@ -496,7 +496,7 @@ QUICK = ["--set", "sequence=128", "--set", "precision=fp32", "--set", "epochs=0.
 def test_the_command_trains_measures_and_writes(here):
     vote = {"prompt": [{"role": "user", "content": "hi"}], "a": "Hi!", "b": "no", "winner": "a"}
     Path("votes.jsonl").write_text(json.dumps(vote) + "\n", encoding="utf-8")
-    result = run("--from", "start", "--votes", "votes.jsonl", "--samples", "4", *QUICK)
+    result = run("--from", "start", "--votes", "votes.jsonl", "--samples", "16", *QUICK)
     assert result.exit_code == 0, result.output
     info = read_info("runs/reward/reward.safetensors")
     assert info.stage == "reward"

@@ -1,6 +1,7 @@
 """Fine-tuning: packing by hand, the same loss packed and apart, learning, stopping, resuming."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -216,6 +217,8 @@ def test_train_on_last_reaches_the_batch():
         ({"evaluate_every": 0}, "evaluate_every is 0"),
         ({"matrix_lr": -1.0}, "matrix_lr is -1"),
         ({"seed": -1}, "seed is -1"),
+        ({"keep": 1.0}, "keep is 1"),
+        ({"keep": -0.1}, "keep is -0.1"),
         ({"warmup": 2.0}, "warmup is 2"),
         ({"precision": "fp8"}, "precision is 'fp8'"),
     ],
@@ -256,6 +259,24 @@ def test_a_tiny_model_learns_two_answers_by_heart(tmp_path):
     assert losses[-1] < 0.05
     assert answer(model, "hi") == "Hello there!"
     assert answer(model, "bye") == "See you."
+
+
+def test_a_finished_run_goes_part_of_the_way_back_and_its_state_does_not(tmp_path):
+    talks = [rendered("hi", "Hello there!"), rendered("bye", "See you.")]
+    base, far, near = tiny(), tiny(), tiny()
+    finetune(far, talks, replace(QUICK, epochs=8), tmp_path / "far", pad=0)
+    config = replace(QUICK, epochs=8, keep=0.25)
+    stop = iter([False] * 5 + [True] * 9)
+    half = finetune(near, talks, config, tmp_path / "near", pad=0, should_stop=lambda: next(stop))
+    assert not half.finished
+    near = tiny()
+    finetune(near, talks, config, tmp_path / "near", pad=0, resume=True)
+    for one, two, mean in zip(*(m.parameters() for m in (base, far, near)), strict=True):
+        torch.testing.assert_close(mean, 0.25 * one + 0.75 * two, atol=1e-6, rtol=1e-5)
+    again = tiny()  # the state holds the weights that training reached, not the mean
+    finetune(again, talks, replace(config, keep=0.0), tmp_path / "near", pad=0, resume=True)
+    for two, same in zip(far.parameters(), again.parameters(), strict=True):
+        assert torch.equal(two, same)
 
 
 def test_stopped_and_resumed_is_the_same_to_the_last_bit(tmp_path, many):

@@ -5,7 +5,7 @@ then run `python -m tinychat.book export`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,8 @@ class SFTConfig:
     "largest norm of the whole gradient"
     seed: int = 0
     "decides the order of the conversations"
+    keep: float = 0.0
+    "share of the base's weights in the mean that a finished run gives"
     precision: str = "auto"
     "bf16 or fp32 matrix products; auto takes bf16 where the machine computes it fast"
     compiled: bool = True
@@ -97,6 +99,8 @@ class SFTConfig:
     def __post_init__(self) -> None:
         if not 0 < self.epochs < math.inf:
             raise ConfigError(f"epochs is {self.epochs}; it must be a number above 0.")
+        if not 0 <= self.keep < 1:
+            raise ConfigError(f"keep is {self.keep}; it must be 0 or more, and below 1.")
         for name in ("matrix_lr", "vector_lr", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
@@ -167,6 +171,16 @@ class PackedConversations:
         return Batch(inputs, targets, mask, segments)
 
 
+def blend(model: GPT, before: Mapping[str, torch.Tensor], share: float) -> None:
+    """Move `model` the given share of the way back to the weights `before` (Wortsman et al. 2022).
+
+    `before` holds its named parameters from the beginning of the fine-tuning.
+    """
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.lerp_(before[name].to(weight), share)
+
+
 def finetune(
     model: GPT,
     examples: Iterable[Rendered],
@@ -184,8 +198,10 @@ def finetune(
     """Train `model` in place on conversations: pretraining's loop, but only replies carry loss.
 
     As many steps as `config.epochs` asks for or, with `minutes`, as fit into that time; a run that
-    was begun with minutes keeps its number of steps when it is resumed without. Raises DataError
-    where nothing is to be learned, ConfigError for rows longer than the model reads.
+    was begun with minutes keeps its number of steps when it is resumed without. `model` comes as
+    the base, also to be resumed; a finished one is blended with it (`config.keep`), its saved
+    state is not. Raises DataError where nothing is to be learned, ConfigError for rows longer than
+    the model reads.
     """
     context = model.config.context
     if config.sequence > context:
@@ -195,7 +211,8 @@ def finetune(
     stream = PackedConversations(examples, config, pad)
     saved = load_state(folder) if resume and not minutes else None
     by_time = minutes or (saved is not None and not saved[1]["config"]["steps"])
-    return pretrain(
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    result = pretrain(
         model,
         stream.batches,
         config.loop(0 if by_time else stream.steps),
@@ -207,3 +224,6 @@ def finetune(
         on_step=on_step,
         should_stop=should_stop,
     )
+    if result.finished and config.keep:
+        blend(model, before, config.keep)
+    return result

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinychat.cli.contestants import find_judge, load_judge
-from tinychat.cli.fit import with_fit
+from tinychat.cli.conditions import with_fit, with_rules
 from tinychat.cli.outcome import lineage_of, print_next, stop_here, write_checkpoint
 from tinychat.cli.ppo_prompts import find_prompts, unseen_batches
 from tinychat.cli.progress import millions, ppo_progress
@@ -68,6 +68,14 @@ def ppo(
             "0 for nothing.",
         ),
     ] = 1.0,
+    rules: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            help="How much a reply loses that breaks a rule: a word that doesn't exist, one thing "
+            "said over and over, no end; 0 for nothing.",
+        ),
+    ] = 1.0,
     minutes: Minutes = None,
     data: Data = None,
     resume: Resume = False,
@@ -88,8 +96,9 @@ def ppo(
     from tinychat.runtime.device import pick_device, set_threads
 
     # 1. Everything that can be wrong is found before the first minute is spent.
-    if not 0 <= fit < float("inf"):
-        raise ConfigError(f"--fit is {fit}; give 0 or a number above it.")
+    for name, weight in (("fit", fit), ("rules", rules)):
+        if not 0 <= weight < float("inf"):
+            raise ConfigError(f"--{name} is {weight}; give 0 or a number above it.")
     if minutes is not None:
         check_minutes(minutes, resume)
     folder = run_folder(run, resume)
@@ -100,7 +109,7 @@ def ppo(
         if judge:
             record["judge"] = str(find_checkpoint(judge))
         record["sha256"] = {name: file_sha256(path) for name, path in record.items()}
-        record["fit"] = fit
+        record |= {"fit": fit, "rules": rules}
     chosen = settings_of(record, settings, minutes)
     config = override(PPOConfig(), chosen)
     path = folder / "rlhf.safetensors"
@@ -159,6 +168,8 @@ def ppo(
     rewards = marks_of(marker)
     if record.get("fit"):
         rewards = with_fit(rewards, reference, pieces, record["fit"])
+    if record.get("rules"):
+        rewards = with_rules(rewards, pieces, record["rules"])
     tokens: dict[str, Any] = {"stop": stop_ids(pieces), "end": pieces.end_id, "pad": pieces.pad_id}
 
     def measure(gpt: GPT) -> tuple[list[list[int]], list[float], dict[str, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from tinychat.cli.outcome import curve, last_loss, lineage_of, print_next, stop_here, write_reward
 from tinychat.cli.progress import training_progress
 from tinychat.cli.reward_report import print_report, report
+from tinychat.cli.reward_samples import in_turn, take_samples, unwritten, written
 from tinychat.cli.runs import (
     budget_of,
     check_minutes,
@@ -31,17 +33,13 @@ from tinychat.runtime.device import reuse_memory
 from tinychat.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
     from tinychat.data.groups import Group
-    from tinychat.gpt import GPT
     from tinychat.reward_model import RewardModel
-    from tinychat.tokenizer import Tokenizer
 
 OWN_SAMPLES = "on_policy.jsonl"
 REFERENCES = 1000  # good replies that set mean, deviation and the slope against length
 HELD_OUT_NEAR = 250  # near misses in the validation part and in the test part, at most
-UNSEEN_PROMPTS = 40  # held-out prompts that the sampler answers too, to measure on
+UNSEEN_PROMPTS = 80  # held-out prompts that the sampler answers too, to measure on
 
 
 @train_app.command()
@@ -64,7 +62,7 @@ def reward(
     samples: Annotated[
         int,
         typer.Option(metavar="N", help="Prompts that a model answers itself, to learn its flaws."),
-    ] = 300,
+    ] = 1200,
     sampler: Annotated[
         list[str] | None,
         typer.Option(
@@ -91,14 +89,13 @@ def reward(
     import torch
 
     from tinychat.data.corpus import basics
+    from tinychat.data.exchange import mismatched, near_misses, refusals
     from tinychat.data.groups import tokenize_groups
     from tinychat.data.preferences import (
         by_part,
         corpus_answered,
         corpus_ranked,
         for_judge,
-        mismatched,
-        near_misses,
         prompt_key,
         public_ranked,
         read_ranked,
@@ -187,14 +184,21 @@ def reward(
         side: near_misses(some) if side == "train" else near_misses(some, HELD_OUT_NEAR)
         for side, some in simple.items()
     }
-    foreign = {side: [*mismatched(groups), *near[side]] for side, groups in answered.items()}
+    foreign = {
+        side: [*mismatched(groups), *near[side], *refusals(simple[side])]
+        for side, groups in answered.items()
+    }
     kept = folder / OWN_SAMPLES
     if record["samples"] and not kept.is_file():
-        asked = [group for group in half if group.source == "corpus"][: record["samples"]]
-        asked += [group for group in unseen if group.source == "corpus"][
-            : min(UNSEEN_PROMPTS, record["samples"])
+        prompts = in_turn(
+            answered["train"], written(simple["train"]), unwritten(public, record["judge"])
+        )
+        held_out_prompts = in_turn(answered["validation"], written(simple["validation"]))
+        asked = [
+            *islice(prompts, record["samples"]),
+            *islice(held_out_prompts, min(UNSEEN_PROMPTS, record["samples"])),
         ]
-        take_samples(samplers, pieces, asked, kept, place, config.seed)
+        take_samples([one.to(place) for one in samplers], pieces, asked, kept, config.seed)
     extra = read_ranked(kept, "on-policy", 0.5) if kept.is_file() else []
     more = by_part(extra)
     votes_of = by_part([] if record["judge"] else own_votes)
@@ -282,31 +286,6 @@ def load_twin(name: str, record: dict[str, Any]) -> RewardModel:
             f"and this one must only know {half!r}; average it with one of its own half."
         )
     return twin
-
-
-def take_samples(
-    samplers: Sequence[GPT],
-    pieces: Tokenizer,
-    asked: Sequence[Any],
-    path: Path,
-    place: torch.device,
-    seed: int,
-) -> None:
-    """Let each model answer each prompt three times, and keep the ranked replies as a file."""
-    from tinychat.data.onpolicy import sample_ranked
-    from tinychat.data.preferences import write_ranked
-    from tinychat.generation import Sampling
-
-    print(f"Sampling replies to {len(asked)} prompts ...")
-    sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=96, seed=seed)
-    ranked = [
-        group
-        for gpt in samplers
-        for group in sample_ranked(gpt.to(place), pieces, asked, sampling, count=3)
-    ]
-    partial = path.with_suffix(".tmp")
-    write_ranked(partial, ranked)
-    partial.replace(path)
 
 
 def sources_of(train: Sequence[Group], votes: str | None) -> dict[str, Any]:

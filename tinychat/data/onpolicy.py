@@ -1,11 +1,18 @@
-"""Replies of our own model, ranked by rules that anybody can read and dispute."""
+"""Replies of our own model, ranked by rules that anybody can read and dispute.
+
+Three orders, none of which needs a person: the written reply is better than a sample, a sample that
+breaks no rule is better than one that does, and a calm sample is better than one drawn at a higher
+temperature (the words that a model holds for unlikely are, as a rule, where it falls apart).
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
+from tinychat.data import corpus
 from tinychat.data.preferences import Ranked, Reply
 from tinychat.data.records import Message
 
@@ -47,6 +54,30 @@ def is_unfinished(prompt: Sequence[Message], text: str, ended: bool) -> bool:
     return not ended
 
 
+@cache
+def known_words() -> frozenset[str]:
+    """Every word of the embedded corpus, in small letters."""
+    conversations = [*corpus.dialogues(), *corpus.basics()]
+    texts = [message.content for one in conversations for message in one.messages]
+    texts += [one.text for one in (*corpus.stories(), *corpus.explanations())]
+    return frozenset(word for text in texts for word in _letters(text))
+
+
+def _letters(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text.casefold())
+
+
+def is_made_up(prompt: Sequence[Message], text: str, ended: bool) -> bool:
+    """A word that stands neither in our corpus nor in the conversation: "the stickericky one".
+
+    True of most replies in other languages than the corpus's, and of a rare name.
+    """
+    strange = set(_letters(text)) - known_words()
+    return bool(strange) and not strange <= {
+        word for message in prompt for word in _letters(message.content)
+    }
+
+
 def is_echo(prompt: Sequence[Message], text: str, ended: bool) -> bool:
     """Four words in five, in runs of three, are the user's own."""
     asked, said = _words(prompt[-1].content), _words(text)
@@ -66,6 +97,7 @@ RULES: dict[str, Callable[[Sequence[Message], str, bool], bool]] = {
     "broken": is_broken,
     "repetition": is_repetitive,
     "unfinished": is_unfinished,
+    "made-up word": is_made_up,
     "echo": is_echo,
 }
 
@@ -76,34 +108,46 @@ def flaw_of(prompt: Sequence[Message], text: str, ended: bool = True) -> str:
 
 
 def rank_samples(
-    prompt: Sequence[Message], written: str, samples: Sequence[tuple[str, bool]], id: str
+    prompt: Sequence[Message],
+    written: str | None,
+    samples: Sequence[Sequence[tuple[str, bool]]],
+    id: str,
 ) -> Ranked:
-    """Rank (text, ended) samples below the written reply: rule-abiding ones first, as equals."""
+    """Rank (text, ended) samples below the written reply, if there is one; the source is on-policy.
+
+    `samples` holds a list for each temperature, the calmest first. First come those that break no
+    rule, the calmer ones before the others, then the flawed ones, the mildest flaw first. Of a text
+    that was drawn twice, the better rank counts.
+    """
     order = ["", *reversed(RULES)]  # the mildest rule comes last in the table
-    flaws = [flaw_of(prompt, text, ended) for text, ended in samples]
-    present = sorted(set(flaws), key=order.index)
-    replies = [Reply(written, 0)]
+    places: dict[str, tuple[int, int, bool]] = {}
+    for heat, drawn in enumerate(samples):
+        for text, ended in drawn:
+            place = order.index(flaw_of(prompt, text, ended)), heat, ended
+            places[text] = min(places.get(text, place), place)
+    places.pop((written or "").strip(), None)
+    steps = sorted({place[:2] for place in places.values()})
+    first = 0 if written is None else 1
+    replies = [] if written is None else [Reply(written, 0)]
     replies += [
-        Reply(text, 1 + present.index(flaw), flaw, ended)
-        for (text, ended), flaw in zip(samples, flaws, strict=True)
-        if text.strip() != written.strip()
+        Reply(text, first + steps.index((flaw, heat)), order[flaw], ended)
+        for text, (flaw, heat, ended) in sorted(places.items(), key=lambda item: item[1])
     ]
-    return Ranked(
-        tuple(prompt), tuple(sorted(replies, key=lambda r: r.rank)), "on-policy", id, weight=0.5
-    )
+    return Ranked(tuple(prompt), tuple(replies), "on-policy", id, weight=0.5)
 
 
 def sample_ranked(
     model: GPT,
     tokenizer: Tokenizer,
     groups: Sequence[Ranked],
-    sampling: Sampling,
+    samplings: Sequence[Sampling],
     *,
-    count: int = 3,
+    count: int = 1,
     rows: int = 32,
 ) -> list[Ranked]:
-    """Let the model answer each prompt `count` times, and rank that below the written reply.
+    """Let the model answer each prompt `count` times in each way of `samplings`, and rank that.
 
+    The calmest way comes first. The best reply of a group stands above all; a group may have none.
     A prompt that leaves no room for a reply is left out. The new groups keep the id, so they stay
     in the same part of the split.
     """
@@ -118,29 +162,37 @@ def sample_ranked(
                 group.prompt,
                 tokenizer,
                 context=model.config.context,
-                reserve=sampling.max_tokens,
+                reserve=max(sampling.max_tokens for sampling in samplings),
             )
         except ConfigError:
             continue
         asked.append((group, ids))
     stop = stop_ids(tokenizer)
-    found = generate_batch(
-        model,
-        [ids for _, ids in asked for _ in range(count)],
-        sampling,
-        stop=stop,
-        keep_stop=True,
-        rows=rows,
-        pad_id=tokenizer.pad_id,
-    )
+    prompts = [ids for _, ids in asked for _ in range(count)]
+    found = [
+        generate_batch(
+            model,
+            prompts,
+            sampling,
+            stop=stop,
+            keep_stop=True,
+            rows=rows,
+            pad_id=tokenizer.pad_id,
+        )
+        for sampling in samplings
+    ]
+
+    def said(reply: Sequence[int]) -> tuple[str, bool]:
+        ended = bool(reply) and reply[-1] == tokenizer.end_id
+        body = reply[:-1] if reply and reply[-1] in stop else reply
+        return tokenizer.decode(list(body)).strip(), ended
+
     ranked = []
     for number, (group, _) in enumerate(asked):
-        samples = []
-        for reply in found[number * count : (number + 1) * count]:
-            ended = bool(reply) and reply[-1] == tokenizer.end_id
-            body = reply[:-1] if reply and reply[-1] in stop else reply
-            samples.append((tokenizer.decode(body).strip(), ended))
-        fresh = rank_samples(group.prompt, group.replies[0].text, samples, group.id)
+        here = slice(number * count, (number + 1) * count)
+        samples = [[said(reply) for reply in replies[here]] for replies in found]
+        written = group.replies[0].text if group.replies else None
+        fresh = rank_samples(group.prompt, written, samples, group.id)
         if fresh.pairs:
             ranked.append(fresh)
     return ranked

@@ -3,16 +3,15 @@
 import hashlib
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from tinychat.data.corpus import dialogues
 from tinychat.data.jsonl import parse_dialogue, parse_lines, read_lines
 from tinychat.data.public import source_path
-from tinychat.data.records import Dialogue, Message
+from tinychat.data.records import Message
 from tinychat.data.split import Split, split_of
 from tinychat.runtime.errors import DataError
 
@@ -82,8 +81,6 @@ PUBLIC = {
     "oasst_eval_kwise_constructed": (0.3, 10_000),
     "personality_kwise_constructed": (0.3, 10_000),
 }
-RARE = 40  # conversations that a word stands in; one that stands in more says little of the topic
-NEAR_MISSES = 2500  # groups of the basics, at most
 RATINGS = "topical_chat_turn_ratings_sub"
 
 
@@ -94,12 +91,12 @@ def prompt_key(prompt: Sequence[Message]) -> str:
     return words if words.strip() else "\n".join(turn.strip() for turn in turns)
 
 
-def _digest(salt: str, text: str) -> bytes:
+def digest(salt: str, text: str) -> bytes:
     return hashlib.sha256(f"{salt}\n{text}".encode("utf-8", errors="replace")).digest()
 
 
 def _id(prompt: Sequence[Message]) -> str:
-    return _digest("prompt", prompt_key(prompt)).hex()[:20]
+    return digest("prompt", prompt_key(prompt)).hex()[:20]
 
 
 def for_judge(prompt: Sequence[Message]) -> bool:
@@ -107,7 +104,7 @@ def for_judge(prompt: Sequence[Message]) -> bool:
 
     Another hash than the split's: the halves of train, validation and test are halves too.
     """
-    return _digest("tinychat judge half 1", prompt_key(prompt))[0] % 2 == 1
+    return digest("tinychat judge half 1", prompt_key(prompt))[0] % 2 == 1
 
 
 def by_part(groups: Iterable[Ranked]) -> dict[Split, list[Ranked]]:
@@ -155,69 +152,6 @@ def corpus_answered() -> list[Ranked]:
     ]
 
 
-def mismatched(groups: Sequence[Ranked], count: int = 2) -> list[Ranked]:
-    """Rank each prompt's best reply above the best ones of `count` other prompts.
-
-    Every reply is as often the better as the worse one, so that nothing but the prompt can tell:
-    whoever ranks them must have read it (Henderson et al. 2017 train a whole ranker of replies on
-    such pairs). Give groups of one part of the split, and of one half.
-    """
-    order = sorted(groups, key=lambda group: _digest("mismatch", group.id))
-    found = []
-    for place, group in enumerate(order):
-        best = group.replies[0].text
-        others = [order[(place + step) % len(order)] for step in range(1, count + 1)]
-        texts = [other.replies[0].text for other in others]
-        worse = tuple(Reply(text, 1, "offtopic") for text in texts if text != best)
-        if worse:
-            replies = (Reply(best, 0), *worse)
-            found.append(Ranked(group.prompt, replies, "mismatch", group.id, group.weight))
-    return found
-
-
-def near_misses(answered: Sequence[Dialogue], most: int = NEAR_MISSES) -> list[Ranked]:
-    """Rank a written reply above one of the same kind that answers another question.
-
-    "The capital of Peru is Lima." against "The capital of Chile is Santiago.": only who reads the
-    question can tell. Conversations count in which the reply takes up a rare word of its question;
-    the worse replies, one of the same topic and one of another, don't hold that word. Give
-    conversations of one part of the split, and of one half; a hash decides which `most` are taken.
-    """
-    words = [
-        [set(re.findall(r"\w+", message.content.casefold())) for message in one.messages]
-        for one in answered
-    ]
-    seen_in = Counter(word for turns in words for word in set().union(*turns))
-    order = sorted(range(len(answered)), key=lambda n: _digest("near", answered[n].id))
-    place = {n: at for at, n in enumerate(order)}
-    same: dict[str, list[int]] = defaultdict(list)
-    for n in order:
-        same[answered[n].topic].append(n)
-
-    def groups() -> Iterator[Ranked]:
-        for n in sorted(order, key=lambda n: _digest("cap", answered[n].id)):
-            one, (*_, asked, said) = answered[n], words[n]
-            rare = {word for word in asked & said if seen_in[word] <= RARE}
-            if not rare:
-                continue
-            kin = same[one.topic]
-            strangers = (m for m in _others(order, place[n]) if answered[m].topic != one.topic)
-            replies = [Reply(one.messages[-1].content, 0)]
-            for some, flaw in ((_others(kin, kin.index(n)), "wrong"), (strangers, "offtopic")):
-                free = (m for m in some if not rare & words[m][-1])
-                texts = (answered[m].messages[-1].content for m in islice(free, 1))
-                replies += (Reply(text, 1, flaw) for text in texts)
-            if len(replies) == 3:
-                yield Ranked(one.messages[:-1], tuple(replies), "basics", one.id)
-
-    return list(islice(groups(), most))
-
-
-def _others(places: Sequence[int], at: int) -> Iterator[int]:
-    """All but the one at `at`, beginning behind it, once around."""
-    return (places[(at + step) % len(places)] for step in range(1, len(places)))
-
-
 def public_ranked(folder: Path, names: Iterable[str] = tuple(PUBLIC)) -> list[Ranked]:
     """Return the ranked replies of the public files, capped as `PUBLIC` says; raises DataError.
 
@@ -227,7 +161,7 @@ def public_ranked(folder: Path, names: Iterable[str] = tuple(PUBLIC)) -> list[Ra
     for name in names:
         weight, most = PUBLIC[name]
         groups = read_ranked(source_path(name, folder), name, weight)
-        found += sorted(groups, key=lambda group: _digest("cap", group.id))[:most]
+        found += sorted(groups, key=lambda group: digest("cap", group.id))[:most]
     return found
 
 

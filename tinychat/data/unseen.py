@@ -97,12 +97,12 @@ def _left_out_by_ppo(folder: Path) -> dict[str, Prompt]:
     for prompt in public_prompts(folder):
         key = prompt_key(prompt)
         unfilled = any(BRACKETS.search(message.content) for message in prompt)
-        if _is_asked(prompt) and not unfilled and split_of(key) != "train":
+        if is_asked(prompt) and not unfilled and split_of(key) != "train":
             found.setdefault(key, prompt)
     return found
 
 
-def _is_asked(prompt: Sequence[Message]) -> bool:
+def is_asked(prompt: Sequence[Message]) -> bool:
     """True where the turns alternate and the last one is the user's."""
     turns = [message.role for message in prompt if message.role != "system"]
     return turns == ["user", "assistant"] * (len(turns) // 2) + ["user"]

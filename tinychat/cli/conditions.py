@@ -1,12 +1,14 @@
-"""The condition in the rewards of `tinychat train ppo`: a reply must fit its question."""
+"""The conditions in the rewards of `tinychat train ppo`: what is met pays nothing more."""
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tinychat.data.records import Message
     from tinychat.gpt import GPT
     from tinychat.ppo import RewardFunction
     from tinychat.tokenizer import Tokenizer
@@ -31,6 +33,46 @@ def with_fit(marks: RewardFunction, gpt: GPT, pieces: Tokenizer, weight: float) 
         return marks(prompts, replies).cpu() + weight * lack_N.clamp(max=0)
 
     return rewards
+
+
+def with_rules(marks: RewardFunction, pieces: Tokenizer, weight: float) -> RewardFunction:
+    """The marks, less `weight` for a reply that breaks a rule of chapter 11, however many.
+
+    A reward model of this size does not see that a word doesn't exist; a rule does.
+    """
+    import torch
+
+    from tinychat.data.onpolicy import flaw_of
+
+    def rewards(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
+        flawed = []
+        for prompt, reply in zip(prompts, replies, strict=True):
+            ended = reply[-1:] == [pieces.end_id]
+            text = pieces.decode(reply[:-1] if ended else reply).strip()
+            flawed.append(bool(flaw_of(asked(prompt, pieces), text, ended)))
+        return marks(prompts, replies).cpu() - weight * torch.tensor(flawed).float()
+
+    return rewards
+
+
+def asked(prompt: list[int], pieces: Tokenizer) -> list[Message]:
+    """What was said before the user's last turn, in one message, and that turn."""
+    from tinychat.data.records import Message
+
+    openings = [place for place, token in enumerate(prompt) if token == pieces.user_id]
+    last = openings[-1] if openings else 0
+    parts = (("system", prompt[:last]), ("user", prompt[last:]))
+    return [
+        Message(
+            role,
+            "\n".join(
+                pieces.decode(list(turn))
+                for control, turn in groupby(part, pieces.control_ids.__contains__)
+                if not control
+            ),
+        )
+        for role, part in parts
+    ]
 
 
 def written_replies(
