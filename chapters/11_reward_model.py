@@ -1203,6 +1203,14 @@ assert question_fit(sft, [blank], [some.tokens[0][some.start :]], blank, PAD).ab
 # not become a goal: the best-fitting reply hands the question back. Chapter 12 uses it as a *condition*.
 # A reply that fits worse than written ones do loses marks, and one that fits better gains nothing.
 #
+# There is a last exam, and we found it late. All the pairs above were written by people, or set a person's
+# reply against a model's. Chapter 12 will ask for something else: of several replies of the *same model*,
+# which is the best? So ask the chat model questions whose answer is written down, several times each,
+# and see whether the marks find the right ones. `train reward` does it at its end, with the chat model's
+# own log-probability as the yardstick. Our reward models failed (51 to 54 % of pairs right, and the
+# log-probability 67 to 69: lab notes), and PPO with them lost facts. A good mark on last year's papers is no
+# proof that you can do tomorrow's.
+#
 # ## Does it mean what it says?
 #
 # A difference of two marks stands for a probability: that is how the loss reads it. So you can ask: of

@@ -12,6 +12,7 @@ import typer
 
 from tinychat.cli.outcome import curve, last_loss, lineage_of, print_next, stop_here, write_reward
 from tinychat.cli.progress import training_progress
+from tinychat.cli.reward_exam import print_exam, sit_exam
 from tinychat.cli.reward_report import print_report, report
 from tinychat.cli.reward_samples import in_turn, take_samples, unwritten, written
 from tinychat.cli.runs import (
@@ -248,6 +249,9 @@ def reward(
     add_words(model, words, references, pieces.pad_id, share=config.words)
     normalize(model, references, pieces.pad_id)
     metrics = report(model, words, held_out, pieces, rated)
+    chat = load_model(record["reward_of"])[0].to(place)  # `gpt` has become the reward model
+    exam = sit_exam(model, chat, pieces, [*simple["validation"], *simple["test"]], config.seed)
+    metrics["exam"] = exam
     metrics |= {"loss": last_loss(result, folder), "curve": curve(folder)}
     lineage = lineage_of(
         result,
@@ -262,6 +266,7 @@ def reward(
     )
     saved = write_reward(path, model, pieces, lineage, metrics, references)
     print_report(metrics)
+    print_exam(exam)
     print(f"\n{path}: {saved.bytes / 1e6:.1f} MB.")
     if record["judge"]:
         print("A judge: measure with it, and never train a policy on it.")

@@ -1,0 +1,153 @@
+"""An exam for a reward model: among the chat model's own answers, does it find the right one?
+
+Held-out pairs that people wrote say little of it: all of our reward models were good at those,
+chose worse than chance here, and PPO with them lost facts (chapters/lab_notes.md).
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from tinychat.runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor
+
+    from tinychat.data.records import Dialogue
+    from tinychat.gpt import GPT
+    from tinychat.reward_model import RewardModel
+    from tinychat.tokenizer import Tokenizer
+
+QUESTIONS = 200
+DRAWS = 8  # answers to each question
+TEMPERATURE = 0.7
+ANSWER = 48  # tokens
+KINDS = frozenset(
+    kind.strip()
+    for kind in """
+    big ideas, buildings, calendar, capitals, comparing, computer things, continents, country foods,
+    does_what, flags, food and drink, how_works, jobs, known for, languages, machines, made_of,
+    nature, numbers, objects, opposites, past tense, people, plants, plurals, records, school,
+    science, sums, synonyms, used_for, what is it, where is it, who made it, why_animals, yes or no
+    """.split(",")
+)
+SMALL = frozenset("a an and answer are called in is it no of so that the word yes".split())
+
+
+def questions(basics: Iterable[Dialogue]) -> Iterator[Dialogue]:
+    """The conversations whose first question has one right answer."""
+    return (one for one in basics if one.topic in KINDS and one.messages[0].role == "user")
+
+
+def is_right(question: str, written: str, reply: str) -> bool:
+    """True if three in five of the answer's new words stand in the reply.
+
+    They are the words of the written answer's first sentence that the question does not hold.
+    """
+    first = re.split(r"(?<=[.!?])\s", written, maxsplit=1)[0]
+    new = _words(first) - _words(question) - SMALL
+    return bool(new) and len(new & _words(reply)) >= 0.6 * len(new)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.casefold()))
+
+
+def sit_exam(
+    model: RewardModel, chat: GPT, pieces: Tokenizer, basics: Iterable[Dialogue], seed: int = 0
+) -> dict[str, Any] | None:
+    """Let `chat` answer each question a few times, and `model` choose; None if it tells nothing.
+
+    `chance`, `best` and `best_by_logprob` are shares of right answers: of all, of those with the
+    highest mark, of those with the chat model's own highest log-probability a token.
+    `right_above_wrong` is the mean over questions with both of the pairs in the right order.
+    """
+    import torch
+
+    from tinychat.dialogue import render_prompt
+    from tinychat.generation import make_generator, stop_ids
+    from tinychat.ppo import PPOConfig, sample_replies
+    from tinychat.reward_model import score
+
+    asked: list[tuple[Dialogue, list[int]]] = []
+    for one in islice(questions(basics), QUESTIONS):
+        try:
+            ids = render_prompt(
+                one.messages[:1], pieces, context=chat.config.context, reserve=ANSWER
+            )
+        except ConfigError:
+            continue
+        asked.append((one, ids))
+    if not asked:
+        return None
+    config = PPOConfig(max_tokens=ANSWER, temperature=TEMPERATURE)
+    dice = make_generator(seed, chat.device)
+    right, marks, sure = [], [], []
+    for start in range(0, len(asked), 16):
+        part = [one for one in asked[start : start + 16] for _ in range(DRAWS)]
+        replies, logprobs = sample_replies(
+            chat,
+            [ids for _, ids in part],
+            config,
+            stop=stop_ids(pieces),
+            pad=pieces.pad_id,
+            generator=dice,
+        )
+        texts = [ids + reply for (_, ids), reply in zip(part, replies, strict=True)]
+        marks.append(score(model, texts, pieces.pad_id).float().cpu())
+        sure += [sum(some) / max(1, len(some)) for some in logprobs]
+        right += [
+            is_right(one.messages[0].content, one.messages[1].content, pieces.decode(reply))
+            for (one, _), reply in zip(part, replies, strict=True)
+        ]
+    right_QN = torch.tensor(right).view(-1, DRAWS)
+    mark_QN = torch.cat(marks).view(-1, DRAWS)
+    sure_QN = torch.tensor(sure).view(-1, DRAWS)
+    both_Q = right_QN.any(1) & ~right_QN.all(1)
+    if not both_Q.any():
+        return None
+    return {
+        "questions": len(asked),
+        "draws": DRAWS,
+        "chance": round(float(right_QN.float().mean()), 4),
+        "best": _of_the_best(right_QN, mark_QN),
+        "best_by_logprob": _of_the_best(right_QN, sure_QN),
+        "with_both": int(both_Q.sum()),
+        "right_above_wrong": in_order(right_QN[both_Q], mark_QN[both_Q]),
+        "by_logprob": in_order(right_QN[both_Q], sure_QN[both_Q]),
+    }
+
+
+def _of_the_best(right_QN: Tensor, mark_QN: Tensor) -> float:
+    chosen_Q1 = mark_QN.argmax(1, keepdim=True)
+    return round(float(right_QN.float().gather(1, chosen_Q1).mean()), 4)
+
+
+def in_order(right_QN: Tensor, mark_QN: Tensor) -> float:
+    """Mean over the questions of P(a right answer's mark is above a wrong one's); a tie is half."""
+    shares = []
+    for right_N, mark_N in zip(right_QN, mark_QN, strict=True):
+        gap_RW = mark_N[right_N][:, None] - mark_N[~right_N][None, :]
+        shares.append(float((gap_RW > 0).float().mean() + 0.5 * (gap_RW == 0).float().mean()))
+    return round(sum(shares) / len(shares), 4)
+
+
+def print_exam(exam: dict[str, Any] | None) -> None:
+    """What the exam found, in two sentences."""
+    if not exam:
+        return
+    print(
+        f"Of the chat model's own answers to {exam['questions']} unseen questions, "
+        f"{exam['chance']:.1%} are right; of the best of {exam['draws']} by mark, "
+        f"{exam['best']:.1%} (by its own log-probability {exam['best_by_logprob']:.1%})."
+    )
+    worse = exam["right_above_wrong"] < exam["by_logprob"]
+    print(
+        f"Right above wrong in {exam['right_above_wrong']:.1%} of pairs "
+        f"(by log-probability {exam['by_logprob']:.1%})."
+        + (" It knows better than this reward: PPO may lose facts." if worse else "")
+    )
