@@ -529,7 +529,7 @@ def finetune(
     stream = PackedConversations(examples, config, pad)
     saved = load_state(folder) if resume and not minutes else None
     by_time = minutes or (saved is not None and not saved[1]["config"]["steps"])
-    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    before = {name: w.detach().clone() for name, w in model.named_parameters() if config.keep}
     result = pretrain(
         model,
         stream.batches,
@@ -542,7 +542,7 @@ def finetune(
         on_step=on_step,
         should_stop=should_stop,
     )
-    if result.finished and config.keep:
+    if result.finished and before:
         blend(model, before, config.keep)
     return result
 

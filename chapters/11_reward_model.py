@@ -87,9 +87,9 @@ from collections import Counter
 from tinychat.book.picture import picture
 from tinychat.data import tokenizer_model
 from tinychat.data.corpus import basics
+from tinychat.data.exchange import mismatched, near_misses, refusals
 from tinychat.data.groups import tokenize_groups
 from tinychat.data.onpolicy import RULES, flaw_of, sample_ranked
-from tinychat.data.exchange import mismatched, near_misses, refusals
 from tinychat.data.preferences import (
     Ranked,
     Reply,
@@ -100,7 +100,7 @@ from tinychat.data.preferences import (
     prompt_key,
 )
 from tinychat.data.records import Message
-from tinychat.data.split import split_of
+from tinychat.data.split import by_split
 from tinychat.dialogue import render_prompt
 from tinychat.generation import Sampling
 from tinychat.gpt import load_model, nano
@@ -480,7 +480,8 @@ for one in foreign[:2]:
 # a rare word of its question ("Peru"), and the worse one of the same topic does not hold it.
 
 # %%
-near = near_misses([one for one in basics() if split_of(one.id) == "train"])
+simple = by_split(basics())["train"]
+near = near_misses(simple)
 for one in near[:3]:
     print(f"> {one.prompt[-1].content}")
     for reply in one.replies:
@@ -493,7 +494,7 @@ for one in near[:3]:
 # wrong behind the other one, and each loses as often as it wins.
 
 # %%
-exchanged = refusals([one for one in basics() if split_of(one.id) == "train"])
+exchanged = refusals(simple)
 print(f"{len(exchanged)} prompts")
 for one in exchanged[:2]:
     print(f"> {one.prompt[-1].content}")

@@ -169,7 +169,6 @@ def test_written_and_read_again(tmp_path):
 
 
 def test_public_files_are_capped_by_a_hash(tmp_path, monkeypatch):
-
     folder = tmp_path / "preference"
     folder.mkdir()
     records = [{"prompt": said(f"p{n}"), "chosen": "yes", "rejected": "no"} for n in range(20)]

@@ -5,9 +5,9 @@ import json
 import pytest
 from fakes import ByteTokenizer, ScriptedGPT
 
-from tinychat.cli.reward_samples import in_turn, take_samples, unwritten, written
+from tinychat.cli.reward_samples import in_turn, take_samples, unwritten
 from tinychat.data import unseen
-from tinychat.data.preferences import Ranked, Reply, for_judge, prompt_key, read_ranked
+from tinychat.data.preferences import Ranked, Reply, for_judge, prompt_key, read_ranked, written
 from tinychat.data.records import Dialogue, Message
 from tinychat.data.split import split_of
 
@@ -24,7 +24,7 @@ def test_the_sources_take_turns():
 def test_the_last_prompt_of_a_conversation_and_its_reply():
     turns = [("user", "hi"), ("assistant", "Hello!"), ("user", "bye"), ("assistant", "Bye!")]
     talk = Dialogue("one", "t", tuple(Message(*turn) for turn in turns))
-    (found,) = written([talk])
+    (found,) = written([talk], "basics")
     assert found.prompt == talk.messages[:3] and found.id == "one"
     assert found.replies == (Reply("Bye!", 0),)
 

@@ -10,7 +10,7 @@ import re
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from tinychat.runtime.errors import ConfigError
+from tinychat.data.words import words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -49,12 +49,8 @@ def is_right(question: str, written: str, reply: str) -> bool:
     They are the words of the written answer's first sentence that the question does not hold.
     """
     first = re.split(r"(?<=[.!?])\s", written, maxsplit=1)[0]
-    new = _words(first) - _words(question) - SMALL
-    return bool(new) and len(new & _words(reply)) >= 0.6 * len(new)
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.casefold()))
+    new = set(words(first)) - set(words(question)) - SMALL
+    return bool(new) and len(new & set(words(reply))) >= 0.6 * len(new)
 
 
 def sit_exam(
@@ -73,15 +69,11 @@ def sit_exam(
     from tinychat.ppo import PPOConfig, sample_replies
     from tinychat.reward_model import score
 
-    asked: list[tuple[Dialogue, list[int]]] = []
-    for one in islice(questions(basics), QUESTIONS):
-        try:
-            ids = render_prompt(
-                one.messages[:1], pieces, context=chat.config.context, reserve=ANSWER
-            )
-        except ConfigError:
-            continue
-        asked.append((one, ids))
+    asked = [
+        (one, render_prompt(one.messages[:1], pieces, context=10**6, reserve=0))
+        for one in islice(questions(basics), QUESTIONS)
+    ]
+    asked = [(one, ids) for one, ids in asked if len(ids) + ANSWER <= chat.config.context]
     if not asked:
         return None
     config = PPOConfig(max_tokens=ANSWER, temperature=TEMPERATURE)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tinychat.data.preferences import Ranked
-    from tinychat.data.records import Dialogue
     from tinychat.gpt import GPT
     from tinychat.tokenizer import Tokenizer
 
@@ -21,14 +20,6 @@ ROWS = 128  # replies at a time; several times as fast as 32 with a small model
 def in_turn(*sources: Iterable[Ranked]) -> Iterator[Ranked]:
     """One prompt of each source, then the next of each, until all are used up."""
     return (one for one in chain.from_iterable(zip_longest(*sources)) if one is not None)
-
-
-def written(dialogues: Iterable[Dialogue]) -> Iterator[Ranked]:
-    """Each conversation's last prompt with its written reply alone."""
-    from tinychat.data.preferences import Ranked, Reply
-
-    for one in dialogues:
-        yield Ranked(one.messages[:-1], (Reply(one.messages[-1].content, 0),), "basics", one.id)
 
 
 def unwritten(folder: Path | None, judge: bool) -> Iterator[Ranked]:

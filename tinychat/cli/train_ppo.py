@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinychat.cli.contestants import find_judge, load_judge
 from tinychat.cli.conditions import with_fit, with_rules
+from tinychat.cli.contestants import find_judge, load_judge
 from tinychat.cli.outcome import lineage_of, print_next, stop_here, write_checkpoint
 from tinychat.cli.ppo_prompts import find_prompts, unseen_batches
 from tinychat.cli.progress import millions, ppo_progress

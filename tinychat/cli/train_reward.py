@@ -14,7 +14,7 @@ from tinychat.cli.outcome import curve, last_loss, lineage_of, print_next, stop_
 from tinychat.cli.progress import training_progress
 from tinychat.cli.reward_exam import print_exam, sit_exam
 from tinychat.cli.reward_report import print_report, report
-from tinychat.cli.reward_samples import in_turn, take_samples, unwritten, written
+from tinychat.cli.reward_samples import in_turn, take_samples, unwritten
 from tinychat.cli.runs import (
     budget_of,
     check_minutes,
@@ -102,6 +102,7 @@ def reward(
         read_ranked,
         read_rated,
         read_votes,
+        written,
     )
     from tinychat.data.public import data_folder
     from tinychat.data.split import by_split
@@ -191,10 +192,9 @@ def reward(
     }
     kept = folder / OWN_SAMPLES
     if record["samples"] and not kept.is_file():
-        prompts = in_turn(
-            answered["train"], written(simple["train"]), unwritten(public, record["judge"])
-        )
-        held_out_prompts = in_turn(answered["validation"], written(simple["validation"]))
+        of_basics = {side: written(some, "basics") for side, some in simple.items()}
+        prompts = in_turn(answered["train"], of_basics["train"], unwritten(public, record["judge"]))
+        held_out_prompts = in_turn(answered["validation"], of_basics["validation"])
         asked = [
             *islice(prompts, record["samples"]),
             *islice(held_out_prompts, min(UNSEEN_PROMPTS, record["samples"])),

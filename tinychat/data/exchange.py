@@ -11,6 +11,7 @@ from itertools import islice
 
 from tinychat.data.preferences import Ranked, Reply, digest
 from tinychat.data.records import Dialogue
+from tinychat.data.words import words
 
 RARE = 40  # conversations that a word stands in; one that stands in more says little of the topic
 NEAR_MISSES = 2500  # groups of the basics, at most
@@ -45,11 +46,8 @@ def near_misses(answered: Sequence[Dialogue], most: int = NEAR_MISSES) -> list[R
     the worse replies, one of the same topic and one of another, don't hold that word. Give
     conversations of one part of the split, and of one half; a hash decides which `most` are taken.
     """
-    words = [
-        [set(re.findall(r"\w+", message.content.casefold())) for message in one.messages]
-        for one in answered
-    ]
-    seen_in = Counter(word for turns in words for word in set().union(*turns))
+    said_in = [[set(words(message.content)) for message in one.messages] for one in answered]
+    seen_in = Counter(word for turns in said_in for word in set().union(*turns))
     order = sorted(range(len(answered)), key=lambda n: digest("near", answered[n].id))
     place = {n: at for at, n in enumerate(order)}
     same: dict[str, list[int]] = defaultdict(list)
@@ -58,7 +56,7 @@ def near_misses(answered: Sequence[Dialogue], most: int = NEAR_MISSES) -> list[R
 
     def groups() -> Iterator[Ranked]:
         for n in sorted(order, key=lambda n: digest("cap", answered[n].id)):
-            one, (*_, asked, said) = answered[n], words[n]
+            one, (*_, asked, said) = answered[n], said_in[n]
             rare = {word for word in asked & said if seen_in[word] <= RARE}
             if not rare:
                 continue
@@ -66,7 +64,7 @@ def near_misses(answered: Sequence[Dialogue], most: int = NEAR_MISSES) -> list[R
             strangers = (m for m in _others(order, place[n]) if answered[m].topic != one.topic)
             replies = [Reply(one.messages[-1].content, 0)]
             for some, flaw in ((_others(kin, kin.index(n)), "wrong"), (strangers, "offtopic")):
-                free = (m for m in some if not rare & words[m][-1])
+                free = (m for m in some if not rare & said_in[m][-1])
                 texts = (answered[m].messages[-1].content for m in islice(free, 1))
                 replies += (Reply(text, 1, flaw) for text in texts)
             if len(replies) == 3:

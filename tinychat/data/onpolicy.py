@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from tinychat.data import corpus
 from tinychat.data.preferences import Ranked, Reply
 from tinychat.data.records import Message
+from tinychat.data.words import words
 
 if TYPE_CHECKING:
     from tinychat.generation import Sampling
@@ -22,13 +23,9 @@ if TYPE_CHECKING:
     from tinychat.tokenizer import Tokenizer
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
-
-
 def is_empty(prompt: Sequence[Message], text: str, ended: bool) -> bool:
     """Not one letter or digit."""
-    return not _words(text)
+    return not words(text)
 
 
 def is_broken(prompt: Sequence[Message], text: str, ended: bool) -> bool:
@@ -38,8 +35,8 @@ def is_broken(prompt: Sequence[Message], text: str, ended: bool) -> bool:
 
 def repeated_share(text: str, run: int = 3) -> float:
     """Which share of the runs of three words has been said before in the same text."""
-    words = _words(text)
-    runs = [tuple(words[start : start + run]) for start in range(len(words) - run + 1)]
+    said = words(text)
+    runs = [tuple(said[start : start + run]) for start in range(len(said) - run + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
@@ -72,15 +69,13 @@ def is_made_up(prompt: Sequence[Message], text: str, ended: bool) -> bool:
 
     True of most replies in other languages than the corpus's, and of a rare name.
     """
-    strange = set(_letters(text)) - known_words()
-    return bool(strange) and not strange <= {
-        word for message in prompt for word in _letters(message.content)
-    }
+    asked = {word for message in prompt for word in _letters(message.content)}
+    return bool(set(_letters(text)) - known_words() - asked)
 
 
 def is_echo(prompt: Sequence[Message], text: str, ended: bool) -> bool:
     """Four words in five, in runs of three, are the user's own."""
-    asked, said = _words(prompt[-1].content), _words(text)
+    asked, said = words(prompt[-1].content), words(text)
     if len(said) < 3:
         return False
     known = {tuple(asked[start : start + 3]) for start in range(len(asked) - 2)}
@@ -127,8 +122,8 @@ def rank_samples(
             places[text] = min(places.get(text, place), place)
     places.pop((written or "").strip(), None)
     steps = sorted({place[:2] for place in places.values()})
-    first = 0 if written is None else 1
     replies = [] if written is None else [Reply(written, 0)]
+    first = len(replies)
     replies += [
         Reply(text, first + steps.index((flaw, heat)), order[flaw], ended)
         for text, (flaw, heat, ended) in sorted(places.items(), key=lambda item: item[1])

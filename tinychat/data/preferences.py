@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from pathlib import Path
 from tinychat.data.corpus import dialogues
 from tinychat.data.jsonl import parse_dialogue, parse_lines, read_lines
 from tinychat.data.public import source_path
-from tinychat.data.records import Message
+from tinychat.data.records import Dialogue, Message
 from tinychat.data.split import Split, split_of
+from tinychat.data.words import words
 from tinychat.runtime.errors import DataError
 
 
@@ -87,8 +87,8 @@ RATINGS = "topical_chat_turn_ratings_sub"
 def prompt_key(prompt: Sequence[Message]) -> str:
     """Return what two copies of one prompt have in common: the words of its turns, lower case."""
     turns = [message.content for message in prompt if message.role != "system"]
-    words = "\n".join(" ".join(re.findall(r"\w+", turn.casefold())) for turn in turns)
-    return words if words.strip() else "\n".join(turn.strip() for turn in turns)
+    key = "\n".join(" ".join(words(turn)) for turn in turns)
+    return key if key.strip() else "\n".join(turn.strip() for turn in turns)
 
 
 def digest(salt: str, text: str) -> bytes:
@@ -146,10 +146,13 @@ def corpus_ranked() -> list[Ranked]:
 
 def corpus_answered() -> list[Ranked]:
     """Return every prompt of the embedded corpus with its written reply alone: no pairs yet."""
-    return [
-        Ranked(one.messages[:-1], (Reply(one.messages[-1].content, 0),), "corpus", one.id)
-        for one in dialogues()
-    ]
+    return list(written(dialogues(), "corpus"))
+
+
+def written(some: Iterable[Dialogue], source: str) -> Iterator[Ranked]:
+    """Yield each conversation's last prompt with its written reply alone."""
+    for one in some:
+        yield Ranked(one.messages[:-1], (Reply(one.messages[-1].content, 0),), source, one.id)
 
 
 def public_ranked(folder: Path, names: Iterable[str] = tuple(PUBLIC)) -> list[Ranked]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -13,6 +12,7 @@ from tinychat.data.preferences import (
     PUBLIC,
     by_part,
     corpus_ranked,
+    digest,
     prompt_key,
     read_ranked,
 )
@@ -72,7 +72,10 @@ def unseen_prompts(
     seen |= {prompt_key(group.prompt) for group in by_part(corpus_ranked())["train"]}
     seen |= _seen_elsewhere(folder, own.keys() | public.keys())
     ours, theirs = (
-        sorted((key for key in some if key not in seen), key=lambda key: _digest(seed, key))
+        sorted(
+            (key for key in some if key not in seen),
+            key=lambda key: digest(f"evaluation {seed}", key),
+        )
         for some in (own, public)
     )
     mixed = [key for pair in zip_longest(ours, theirs) for key in pair if key is not None]
@@ -85,10 +88,6 @@ def unseen_prompts(
             f"ask for fewer{more}."
         )
     return found
-
-
-def _digest(seed: int, key: str) -> bytes:
-    return hashlib.sha256(f"evaluation {seed}\n{key}".encode("utf-8", errors="replace")).digest()
 
 
 def _left_out_by_ppo(folder: Path) -> dict[str, Prompt]:
