@@ -1,14 +1,12 @@
-"""The reward model's exam: what counts as right, and who finds it, worked out by hand."""
+"""The reward model's exam: who finds the right answer, worked out by hand."""
 
-import pytest
 import torch
 from fakes import ByteTokenizer, ScriptedGPT
 
 from tinychat.cli import reward_exam
-from tinychat.cli.reward_exam import KINDS, in_order, is_right, print_exam, questions, sit_exam
-from tinychat.data.corpus import basics
+from tinychat.cli.reward_exam import in_order, print_exam, right_share, sit_exam
+from tinychat.data.facts import Facts
 from tinychat.data.records import Dialogue, Message
-from tinychat.data.split import by_split
 
 PERU = ("what is the capital of Peru?", "The capital of Peru is Lima. It lies by the sea.")
 
@@ -17,35 +15,11 @@ def talk(question: str, answer: str, topic: str = "capitals") -> Dialogue:
     return Dialogue(question, topic, (Message("user", question), Message("assistant", answer)))
 
 
-@pytest.mark.parametrize(
-    ("question", "written", "reply", "right"),
-    [
-        (*PERU, "LIMA, I think!", True),
-        (*PERU, "The capital of Peru is Quito. It lies by the sea.", False),
-        (*PERU, "", False),
-        # Of green, white and red, two of three are enough.
-        ("the flag of Italy", "It is green, white and red.", "green and white", True),
-        ("the flag of Italy", "It is green, white and red.", "white and blue", False),
-        # The question holds the whole answer: nothing new could be found.
-        ("is a cow big or small", "A cow is big.", "A cow is big.", False),
-    ],
-)
-def test_what_is_right(question, written, reply, right):
-    assert is_right(question, written, reply) is right
-
-
 def test_order_by_hand():
     right_QN = torch.tensor([[True, False, False], [True, True, False]])
     mark_QN = torch.tensor([[1.0, 2.0, 0.0], [3.0, 1.0, 1.0]])
     # One of two, and one and a half of two: a tie is half.
     assert in_order(right_QN, mark_QN) == (0.5 + 0.75) / 2
-
-
-def test_questions_are_the_ones_with_one_right_answer():
-    held_out = by_split(basics())["validation"]
-    asked = list(questions(held_out))
-    assert len(asked) > 500 and {one.topic for one in asked} == KINDS
-    assert not list(questions([talk("write a poem", "The rain", "poems")]))
 
 
 class Marker:
@@ -71,7 +45,7 @@ def test_the_exam_finds_out_who_chooses_well(monkeypatch, capsys):
     monkeypatch.setattr(reward_exam, "DRAWS", 4)
     monkeypatch.setattr("tinychat.ppo.sample_replies", replies)
     monkeypatch.setattr("tinychat.reward_model.score", lambda model, texts, pad: model.marks)
-    asked = [talk(*PERU), talk("what says moo", "A cow says moo.", "yes or no")]
+    asked = [talk(*PERU), talk("what says moo", "A cow says moo.", "science")]
     marker = Marker(torch.tensor([0.0, 0.5, 2.0, 1.0, 1.0, 2.0, 3.0, 4.0]))
     exam = sit_exam(marker, chat, pieces, asked)
     assert exam == {
@@ -84,6 +58,9 @@ def test_the_exam_finds_out_who_chooses_well(monkeypatch, capsys):
         "right_above_wrong": 0.5,  # 2.0 is above both, 0.0 above none
         "by_logprob": 0.25,  # -0.5 is above -0.7 alone, -0.9 above none
     }
+    lists = iter([["Lima.", "Quito.", "Lima.", "Cusco."], ["Cow.", "Cow.", "Cow.", "Cow."]])
+    sure = iter([[0.0] * 4] * 2)
+    assert right_share(chat, pieces, Facts(asked)) == 0.75
     print_exam(exam)
     told = capsys.readouterr().out
     assert "75.0% are right; of the best of 4 by mark, 100.0%" in told

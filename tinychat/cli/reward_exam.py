@@ -6,11 +6,9 @@ chose worse than chance here, and PPO with them lost facts (chapters/lab_notes.m
 
 from __future__ import annotations
 
-import re
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tinychat.data.words import words
+from tinychat.data.facts import Facts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -26,31 +24,55 @@ QUESTIONS = 200
 DRAWS = 8  # answers to each question
 TEMPERATURE = 0.7
 ANSWER = 48  # tokens
-KINDS = frozenset(
-    kind.strip()
-    for kind in """
-    big ideas, buildings, calendar, capitals, comparing, computer things, continents, country foods,
-    does_what, flags, food and drink, how_works, jobs, known for, languages, machines, made_of,
-    nature, numbers, objects, opposites, past tense, people, plants, plurals, records, school,
-    science, sums, synonyms, used_for, what is it, where is it, who made it, why_animals, yes or no
-    """.split(",")
-)
-SMALL = frozenset("a an and answer are called in is it no of so that the word yes".split())
 
 
-def questions(basics: Iterable[Dialogue]) -> Iterator[Dialogue]:
-    """The conversations whose first question has one right answer."""
-    return (one for one in basics if one.topic in KINDS and one.messages[0].role == "user")
+class Answers(NamedTuple):
+    """The chat model's answers to a few questions, `DRAWS` to each, one after the other."""
+
+    texts: list[list[int]]
+    "question and answer as tokens"
+    sure: list[float]
+    "the chat model's own log-probability a token"
+    right: list[bool]
 
 
-def is_right(question: str, written: str, reply: str) -> bool:
-    """True if three in five of the answer's new words stand in the reply.
+def answers(chat: GPT, pieces: Tokenizer, facts: Facts, seed: int = 0) -> Iterator[Answers]:
+    """Let `chat` answer the first `QUESTIONS` of `facts` that leave room for an answer."""
+    from tinychat.dialogue import render_prompt
+    from tinychat.generation import make_generator, stop_ids
+    from tinychat.ppo import PPOConfig, sample_replies
 
-    They are the words of the written answer's first sentence that the question does not hold.
-    """
-    first = re.split(r"(?<=[.!?])\s", written, maxsplit=1)[0]
-    new = set(words(first)) - set(words(question)) - SMALL
-    return bool(new) and len(new & set(words(reply))) >= 0.6 * len(new)
+    asked = [
+        (one, render_prompt(one.messages[:1], pieces, context=10**6, reserve=0))
+        for one in facts.asked[:QUESTIONS]
+    ]
+    asked = [(one, ids) for one, ids in asked if len(ids) + ANSWER <= chat.config.context]
+    config = PPOConfig(max_tokens=ANSWER, temperature=TEMPERATURE)
+    dice = make_generator(seed, chat.device)
+    for start in range(0, len(asked), 16):
+        part = [one for one in asked[start : start + 16] for _ in range(DRAWS)]
+        replies, logprobs = sample_replies(
+            chat,
+            [ids for _, ids in part],
+            config,
+            stop=stop_ids(pieces),
+            pad=pieces.pad_id,
+            generator=dice,
+        )
+        yield Answers(
+            [ids + reply for (_, ids), reply in zip(part, replies, strict=True)],
+            [sum(some) / max(1, len(some)) for some in logprobs],
+            [
+                facts.right(one, pieces.decode(reply))
+                for (one, _), reply in zip(part, replies, strict=True)
+            ],
+        )
+
+
+def right_share(chat: GPT, pieces: Tokenizer, facts: Facts, seed: int = 0) -> float:
+    """Which share of its answers is right."""
+    right = [one for some in answers(chat, pieces, facts, seed) for one in some.right]
+    return sum(right) / max(1, len(right))
 
 
 def sit_exam(
@@ -64,38 +86,15 @@ def sit_exam(
     """
     import torch
 
-    from tinychat.dialogue import render_prompt
-    from tinychat.generation import make_generator, stop_ids
-    from tinychat.ppo import PPOConfig, sample_replies
     from tinychat.reward_model import score
 
-    asked = [
-        (one, render_prompt(one.messages[:1], pieces, context=10**6, reserve=0))
-        for one in islice(questions(basics), QUESTIONS)
-    ]
-    asked = [(one, ids) for one, ids in asked if len(ids) + ANSWER <= chat.config.context]
-    if not asked:
-        return None
-    config = PPOConfig(max_tokens=ANSWER, temperature=TEMPERATURE)
-    dice = make_generator(seed, chat.device)
     right, marks, sure = [], [], []
-    for start in range(0, len(asked), 16):
-        part = [one for one in asked[start : start + 16] for _ in range(DRAWS)]
-        replies, logprobs = sample_replies(
-            chat,
-            [ids for _, ids in part],
-            config,
-            stop=stop_ids(pieces),
-            pad=pieces.pad_id,
-            generator=dice,
-        )
-        texts = [ids + reply for (_, ids), reply in zip(part, replies, strict=True)]
-        marks.append(score(model, texts, pieces.pad_id).float().cpu())
-        sure += [sum(some) / max(1, len(some)) for some in logprobs]
-        right += [
-            is_right(one.messages[0].content, one.messages[1].content, pieces.decode(reply))
-            for (one, _), reply in zip(part, replies, strict=True)
-        ]
+    for some in answers(chat, pieces, Facts(basics), seed):
+        marks.append(score(model, some.texts, pieces.pad_id).float().cpu())
+        sure += some.sure
+        right += some.right
+    if not right:
+        return None
     right_QN = torch.tensor(right).view(-1, DRAWS)
     mark_QN = torch.cat(marks).view(-1, DRAWS)
     sure_QN = torch.tensor(sure).view(-1, DRAWS)
@@ -103,7 +102,7 @@ def sit_exam(
     if not both_Q.any():
         return None
     return {
-        "questions": len(asked),
+        "questions": len(right_QN),
         "draws": DRAWS,
         "chance": round(float(right_QN.float().mean()), 4),
         "best": _of_the_best(right_QN, mark_QN),
