@@ -144,6 +144,8 @@ class PPOConfig:
     "rollouts in all, each with its updates; 0 lets the budget in minutes decide"
     episodes: int = 64
     "replies a step"
+    samples: int = 1
+    "of them to each prompt; from 2 on, a score counts by what it is above its siblings'"
     max_tokens: int = 64
     "longest reply in tokens"
     temperature: float = 1.0
@@ -189,7 +191,8 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         rules = (
-            (("episodes", "max_tokens", "epochs", "minibatch"), 1, math.inf, "at least 1"),
+            (("episodes", "samples", "max_tokens"), 1, math.inf, "at least 1"),
+            (("epochs", "minibatch"), 1, math.inf, "at least 1"),
             (("steps", "seed", "lr", "value_lr", "beta", "kl_target"), 0, 1e12, "0 or more"),
             (("warmup", "decay", "gamma", "lam"), 0, 1, "from 0 to 1"),
             (("temperature", "clip", "value_clip", "kl_stop"), 1e-6, math.inf, "above 0"),
@@ -202,6 +205,11 @@ class PPOConfig:
                     raise ConfigError(f"{name} is {getattr(self, name)}; it must be {wanted}.")
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f"precision is {self.precision!r}; choose bf16 or fp32.")
+        if self.episodes % self.samples:
+            raise ConfigError(
+                f"{self.episodes} episodes can't be {self.samples} samples of each prompt; make "
+                "episodes a multiple of samples."
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -423,11 +431,19 @@ def reply_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probs of the tokens under the mask, `[N]`, at the rollout's temperature.
 
-    And the vectors `[N, D]` that these tokens were chosen from. Prompts and filling are read, but
-    no scores are computed for them.
+    And the vectors `[N, D]` that these tokens were chosen from. Prompts are read, but no scores are
+    computed for them; columns in which all rows are only filled up are not even read.
     """
+    hidden = gpt.hidden
+    if config.compiled and has_compiler():
+        hidden = compiled_hidden(gpt)  # made for one shape: nothing is cut off
+    else:
+        begin = int(segments_BT.any(0).int().argmax())
+        stop = int(mask_BT.any(0).nonzero().max()) + 1
+        tokens_BT, segments_BT, mask_BT = (
+            part_BT[:, begin:stop] for part_BT in (tokens_BT, segments_BT, mask_BT)
+        )
     segments = None if bool(segments_BT.all()) else segments_BT[:, :-1]
-    hidden = compiled_hidden(gpt) if config.compiled and has_compiler() else gpt.hidden
     with torch.autocast(tokens_BT.device.type, config.dtype, enabled=config.precision != "fp32"):
         h_BTD = hidden(tokens_BT[:, :-1], segments_BT=segments)
     h_ND = h_BTD[mask_BT[:, 1:]].float()
@@ -650,6 +666,35 @@ torch.testing.assert_close(rewards_BT, torch.tensor([[0, -0.1, 3.0, 0], [0, 0, 0
 # negative, and near the reference it is far less noisy. The report shows both. Further down you
 # will see one of them fail.
 #
+# One more word on the score. Some prompts are easy and some are hopeless, and a value head that is as
+# young as the run can't tell them apart yet: most of what it calls a surprise was the prompt's doing.
+# But if the model answers each prompt a few times, the siblings tell what was to be expected. Take the
+# mean score of the *other* replies off each score (REINFORCE with a leave-one-out baseline, Kool et al.
+# 2019; Ahmadian et al. 2024 align language models with it). It is a baseline that doesn't depend on the
+# reply itself, so nothing is distorted. And where all siblings score alike, nothing is to be learned,
+# and nothing is pushed.
+
+
+# %% tags=["export"]
+def minus_siblings(scores_B: Tensor, samples: int) -> Tensor:
+    """Each score less the mean of the other replies' to the same prompt, `[B]` (Kool et al. 2019).
+
+    The `samples` replies to one prompt are neighbours. An only child's score stays as it is.
+    """
+    if samples == 1:
+        return scores_B
+    scores_PS = scores_B.view(-1, samples)
+    above_PS = scores_PS - scores_PS.mean(1, keepdim=True)
+    return (above_PS * samples / (samples - 1)).flatten()
+
+
+# %% tags=["test"]
+# 3 is 2 above the mean of 0 and 2, and so on; the second prompt was equally easy for all three.
+assert minus_siblings(torch.tensor([3.0, 0.0, 2.0, 5.0, 5.0, 5.0]), 3).tolist() == [
+    2.0, -2.5, 0.5, 0.0, 0.0, 0.0,
+]  # fmt: skip
+
+# %% [markdown]
 # ### Step 6: whose merit was it?
 #
 # A reply of fifty tokens got a good mark. Which token deserves it? The value head helps: if the
@@ -722,7 +767,8 @@ def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
 # details of the original code. Whether it helps is open; below you can switch it off.)
 #
 # Both losses go through the rollout a few times (`epochs`), in small groups of episodes
-# (`minibatch`), and each group makes one step of the optimizer. If the policy has moved too far from
+# (`minibatch`), and each group makes one step of the optimizer. The prompts of a rollout stand in
+# order of length, and a group is made of neighbours: so little of the work goes into filling. If the policy has moved too far from
 # the one that spoke, the rest of the epochs is left out (`kl_stop`): its tries are no longer worth
 # much.
 
@@ -852,7 +898,7 @@ def collect(
         ):
             tensor_BT[rows_b] = tensor_BT[rows_b].masked_scatter(mask_bT, found_N.detach())
     # 5. rewards: KL a token, and the score where the reply is over
-    penalised_B = scores_B - config.end_penalty * ~ended_B
+    penalised_B = minus_siblings(scores_B - config.end_penalty * ~ended_B, config.samples)
     rewards_BT = place_rewards(logprobs_BT, ref_logprobs_BT, mask_BT, penalised_B, beta)
     return Rollout(
         tokens_BT, segments_BT, mask_BT, logprobs_BT, ref_logprobs_BT, values_BT, rewards_BT,
@@ -909,8 +955,9 @@ def update(
     epochs = 0
     for epoch in range(config.epochs):
         # 8. a few epochs over minibatches in random order
-        order_B = torch.randperm(len(rollout.replies), generator=generator, device=generator.device)
-        for rows_b in order_B.split(config.minibatch):
+        groups = torch.arange(len(rollout.replies)).split(config.minibatch)
+        order = torch.randperm(len(groups), generator=generator, device=generator.device)
+        for rows_b in (groups[n] for n in order.tolist()):
             mask_bT = rollout.mask_BT[rows_b]
             old_N, old_values_N, advantages_N, returns_N = (
                 tensor_BT[rows_b][mask_bT]
@@ -1116,8 +1163,11 @@ def train_ppo(
         return time.monotonic() - started
 
     def prompts_at(step: int) -> list[list[int]]:
-        numbers = prompts_of_step(len(prompts), config.episodes, step, config.seed)
-        return [prompts[n] for n in numbers]
+        count = config.episodes // config.samples
+        numbers = prompts_of_step(len(prompts), count, step, config.seed)
+        # Neighbours share a minibatch: of similar length, they need little filling.
+        asked = sorted((prompts[n] for n in numbers), key=len)
+        return [prompt for prompt in asked for _ in range(config.samples)]
 
     def rollout_of(step: int, generator: torch.Generator) -> Rollout:
         return collect(
@@ -1139,10 +1189,10 @@ def train_ppo(
     recent: deque[float] = deque(maxlen=20)
     with MetricsWriter(folder / "metrics.jsonl", resume_step=step) as writer:
         if step == 0:
-            # The value head starts at the mean score, so that the first advantages aren't all
-            # of one sign.
+            # The value head starts at the mean of what a reply pays, so that the first advantages
+            # aren't all of one sign.
             look = rollout_of(0, make_generator(config.seed, policy.gpt.device))
-            policy.expect(float((look.scores_B - config.end_penalty * ~look.ended_B).mean()))
+            policy.expect(float(look.rewards_BT.sum(1).mean()))
         stopped = False
         while step < budget.steps and not stopped:
             step_started = time.monotonic()
@@ -1464,6 +1514,13 @@ for beta, curve_of in hacked.items():
 # over loses marks once, however often. Our reward model does not see that a word doesn't exist (58 % of
 # such pairs right where it learned them, 45 % elsewhere: lab notes), and a rule does. OpenAI's models
 # get **rule-based rewards** beside a learned one, too, with a model as the grader (Mu et al. 2024).
+#
+# Best of all is a mark that can't be fooled. The basics hold thousands of questions with one right answer
+# ("what is the capital of Peru?"), and a dozen lines of code can check one (`tinychat/data/facts.py`). Half
+# of our prompts are such questions: right earns a mark, wrong loses one, whatever the reward model thinks
+# of it. Lambert et al. (2024) call that **verifiable rewards**; models that learn to reason are trained
+# with little else. For ours it is a guard: without it, PPO makes the replies smoother and the facts fewer,
+# because the reward model hears tone better than truth.
 #
 # Here are the real runs of our lab notes, with a chat model and a reward model of ours. Drag the step
 # along the run, then drag beta: how far would the run have gone if each nat had cost that much?

@@ -14,9 +14,19 @@ from typer.testing import CliRunner
 
 from tinychat import ppo
 from tinychat.cli.app import app
-from tinychat.cli.conditions import asked, with_fit, with_rules, written_replies
-from tinychat.data import tokenizer_model
-from tinychat.data.records import Message
+from tinychat.cli.conditions import (
+    asked,
+    with_facts,
+    with_fit,
+    with_rules,
+    with_sure,
+    written_replies,
+)
+from tinychat.cli.ppo_prompts import checked_prompts, find_prompts
+from tinychat.data import corpus, tokenizer_model
+from tinychat.data.facts import Facts
+from tinychat.data.records import Dialogue, Message
+from tinychat.data.split import by_split
 from tinychat.dialogue import render_prompt
 from tinychat.gpt import GPT, GPTConfig, load_model, save_model
 from tinychat.ppo import (
@@ -32,6 +42,7 @@ from tinychat.ppo import (
     gae,
     kl_terms,
     lay_out,
+    minus_siblings,
     place_rewards,
     policy_loss,
     prompts_of_step,
@@ -209,6 +220,23 @@ def test_padding_and_order_of_the_batch_change_nothing():
         torch.testing.assert_close(alone_N.detach(), together[n], atol=2e-6, rtol=0)
 
 
+def test_what_is_only_filled_up_is_not_read(monkeypatch):
+    model, widths = stirred(), []
+    whole = model.hidden
+    monkeypatch.setattr(
+        model,
+        "hidden",
+        lambda tokens_BT, **rest: widths.append(tokens_BT.shape[1]) or whole(tokens_BT, **rest),
+    )
+    prompts, replies = [[3, 4], [5, 6, 7], [3] * 20], [[8, 9, 1], [9, 1], [4] * 12]
+    tensors = lay_out(prompts, replies, PAD, CPU)
+    assert tensors[0].shape == (3, 32)
+    some_N, _ = reply_logprobs(model, *(part_BT[:2] for part_BT in tensors), SMALL)
+    all_N, _ = reply_logprobs(model, *tensors, SMALL)
+    assert widths == [3 + 3 - 1, 32 - 1], "the last token is only predicted"
+    torch.testing.assert_close(some_N, all_N[:5], atol=2e-6, rtol=0)
+
+
 def test_an_update_does_not_see_the_order_of_the_batch():
     config = replace(SMALL, minibatch=12, epochs=1)
     order_B = torch.randperm(12, generator=dice(4))
@@ -247,6 +275,35 @@ def test_the_score_lands_on_the_last_token_and_nowhere_else():
         expected[last] = rollout.scores_B[row] - penalty
         torch.testing.assert_close(paid_T, expected)
         assert not rollout.rewards_BT[row][~rollout.mask_BT[row]].any()
+
+
+def test_a_score_counts_by_what_it_is_above_its_siblings():
+    scores_B = torch.tensor([1.0, 0.0, 0.0, 4.0, 4.0, 7.0])
+    by_hand = [1.0, -0.5, -0.5, -1.5, -1.5, 3.0]
+    torch.testing.assert_close(minus_siblings(scores_B, 3), torch.tensor(by_hand))
+    assert minus_siblings(scores_B, 1) is scores_B
+    with pytest.raises(ConfigError, match="a multiple of samples"):
+        replace(SMALL, samples=5)
+
+
+def test_siblings_answer_one_prompt_side_by_side(tmp_path):
+    seen = []
+
+    def marks(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
+        seen.append(prompts)
+        return wanted(prompts, replies) + 100 * torch.tensor([len(prompt) for prompt in prompts])
+
+    policy, heads = ActorCritic(stirred()), []
+    expect = policy.expect
+    policy.expect = lambda score: (heads.append(score), expect(score))
+    config = replace(RUN, steps=2, episodes=12, samples=4)
+    train_ppo(policy, stirred(), PROMPTS[:9], marks, config, tmp_path, **TOKENS)
+    for prompts in seen:
+        groups = [prompts[start : start + 4] for start in (0, 4, 8)]
+        assert all(group == [group[0]] * 4 for group in groups)
+        assert len({tuple(group[0]) for group in groups}) == 3, "three prompts a step"
+        assert [len(group[0]) for group in groups] == sorted(len(group[0]) for group in groups)
+    assert abs(heads[0]) < 1e-3, "the hundreds are gone: all siblings have them"
 
 
 def test_gae_by_hand():
@@ -656,6 +713,9 @@ def test_a_judge_looks_on_and_is_no_teacher(here):
         (["--minutes", "0"], "--minutes is 0"),
         (["--minutes", "1", "--fit", "-1"], "--fit is -1"),
         (["--minutes", "1", "--rules", "nan"], "--rules is nan"),
+        (["--minutes", "1", "--facts", "-1"], "--facts is -1"),
+        (["--minutes", "1", "--sure", "inf"], "--sure is inf"),
+        (["--minutes", "1", "--marks", "-2"], "--marks is -2"),
         ([], "How long? Give a budget"),
         (["--minutes", "1", "--set", "max_tokens=400"], "No prompt is short enough"),
         (["--minutes", "1", "--reward", "sft.safetensors"], "gives no marks"),
@@ -714,6 +774,59 @@ def test_a_reply_that_breaks_a_rule_loses_once(here):
     rewards = with_rules(lambda prompts, replies: torch.arange(6.0), pieces, 1.5)
     lost_N = torch.arange(6.0) - rewards([prompt] * 6, replies)
     assert lost_N.tolist() == [0.0, 1.5, 1.5, 1.5, 1.5, 1.5]
+
+
+def test_what_the_chat_model_holds_for_likelier_earns(here):
+    gpt, pieces, _ = load_model("sft.safetensors")
+    with torch.no_grad():
+        for weight in gpt.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.3)
+    prompts, replies = (some[:40] for some in written_replies(pieces, 120))
+    rewards = with_sure(lambda prompts, replies: torch.arange(40.0), gpt, pieces, 2.0)
+    earned_N = rewards(prompts, replies) - torch.arange(40.0)
+    for n in (0, 17, 39):
+        with torch.no_grad():
+            scores_TV = gpt(torch.tensor([prompts[n] + replies[n]]))[0].log_softmax(-1)
+        places = range(len(prompts[n]) - 1, len(prompts[n]) + len(replies[n]) - 1)
+        by_hand = [float(scores_TV[t, id]) for t, id in zip(places, replies[n], strict=True)]
+        assert float(earned_N[n]) == pytest.approx(2 * sum(by_hand) / len(by_hand), rel=0.02)
+
+
+def test_a_right_answer_earns_and_a_wrong_one_loses(here):
+    _, pieces, _ = load_model("sft.safetensors")
+    peru, moo = (
+        Dialogue(question, topic, (Message("user", question), Message("assistant", answer)))
+        for question, answer, topic in (
+            ("what is the capital of Peru?", "The capital of Peru is Lima.", "capitals"),
+            ("what does the cow say and why does it say that?", "A cow says moo.", "science"),
+        )
+    )
+    facts = Facts([peru, moo])
+    room = len(render_prompt(peru.messages[:1], pieces, context=160, reserve=8))
+    checked = checked_prompts(facts, pieces, room)
+    assert list(checked.values()) == [peru], "the other question is too long"
+    (prompt,) = checked
+    replies = [
+        [*pieces.encode("It is Lima."), pieces.end_id],
+        pieces.encode("It is Lima"),
+        [*pieces.encode("It is Rome."), pieces.end_id],
+        [*pieces.encode("It is Lima."), pieces.end_id],
+    ]
+    prompts = [[*prompt]] * 3 + [pieces.encode("and why?")]
+    rewards = with_facts(lambda prompts, replies: torch.arange(4.0), pieces, facts, checked, 1.5)
+    earned_N = rewards(prompts, replies) - torch.arange(4.0)
+    assert earned_N.tolist() == [1.5, 1.5, -1.5, 0.0]
+
+
+def test_checked_questions_are_asked_and_none_that_is_held_out(here):
+    _, pieces, _ = load_model("sft.safetensors")
+    facts = Facts(by_split(corpus.basics())["train"])
+    checked = checked_prompts(facts, pieces, 60)
+    plain, held_out, _ = find_prompts(None, pieces, 60, {})
+    train, same, sources = find_prompts(None, pieces, 60, checked)
+    assert len(checked) > 10_000 and len(train) > len(plain) + 5_000
+    assert held_out == same and not {tuple(one) for one in held_out} & {tuple(one) for one in train}
+    assert sources["dialogues"]["prompts"] + sources["basics"]["prompts"] >= len(train)
 
 
 def test_another_reward_file_than_the_run_began_with(here):

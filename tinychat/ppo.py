@@ -37,6 +37,8 @@ class PPOConfig:
     "rollouts in all, each with its updates; 0 lets the budget in minutes decide"
     episodes: int = 64
     "replies a step"
+    samples: int = 1
+    "of them to each prompt; from 2 on, a score counts by what it is above its siblings'"
     max_tokens: int = 64
     "longest reply in tokens"
     temperature: float = 1.0
@@ -82,7 +84,8 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         rules = (
-            (("episodes", "max_tokens", "epochs", "minibatch"), 1, math.inf, "at least 1"),
+            (("episodes", "samples", "max_tokens"), 1, math.inf, "at least 1"),
+            (("epochs", "minibatch"), 1, math.inf, "at least 1"),
             (("steps", "seed", "lr", "value_lr", "beta", "kl_target"), 0, 1e12, "0 or more"),
             (("warmup", "decay", "gamma", "lam"), 0, 1, "from 0 to 1"),
             (("temperature", "clip", "value_clip", "kl_stop"), 1e-6, math.inf, "above 0"),
@@ -95,6 +98,11 @@ class PPOConfig:
                     raise ConfigError(f"{name} is {getattr(self, name)}; it must be {wanted}.")
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f"precision is {self.precision!r}; choose bf16 or fp32.")
+        if self.episodes % self.samples:
+            raise ConfigError(
+                f"{self.episodes} episodes can't be {self.samples} samples of each prompt; make "
+                "episodes a multiple of samples."
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -262,11 +270,19 @@ def reply_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probs of the tokens under the mask, `[N]`, at the rollout's temperature.
 
-    And the vectors `[N, D]` that these tokens were chosen from. Prompts and filling are read, but
-    no scores are computed for them.
+    And the vectors `[N, D]` that these tokens were chosen from. Prompts are read, but no scores are
+    computed for them; columns in which all rows are only filled up are not even read.
     """
+    hidden = gpt.hidden
+    if config.compiled and has_compiler():
+        hidden = compiled_hidden(gpt)  # made for one shape: nothing is cut off
+    else:
+        begin = int(segments_BT.any(0).int().argmax())
+        stop = int(mask_BT.any(0).nonzero().max()) + 1
+        tokens_BT, segments_BT, mask_BT = (
+            part_BT[:, begin:stop] for part_BT in (tokens_BT, segments_BT, mask_BT)
+        )
     segments = None if bool(segments_BT.all()) else segments_BT[:, :-1]
-    hidden = compiled_hidden(gpt) if config.compiled and has_compiler() else gpt.hidden
     with torch.autocast(tokens_BT.device.type, config.dtype, enabled=config.precision != "fp32"):
         h_BTD = hidden(tokens_BT[:, :-1], segments_BT=segments)
     h_ND = h_BTD[mask_BT[:, 1:]].float()
@@ -332,6 +348,18 @@ def place_rewards(
     last_B = (places_T * mask_BT).argmax(dim=1)
     rewards_BT[torch.arange(len(last_B)), last_B] += scores_B
     return rewards_BT
+
+
+def minus_siblings(scores_B: Tensor, samples: int) -> Tensor:
+    """Each score less the mean of the other replies' to the same prompt, `[B]` (Kool et al. 2019).
+
+    The `samples` replies to one prompt are neighbours. An only child's score stays as it is.
+    """
+    if samples == 1:
+        return scores_B
+    scores_PS = scores_B.view(-1, samples)
+    above_PS = scores_PS - scores_PS.mean(1, keepdim=True)
+    return (above_PS * samples / (samples - 1)).flatten()
 
 
 def gae(
@@ -456,7 +484,7 @@ def collect(
         ):
             tensor_BT[rows_b] = tensor_BT[rows_b].masked_scatter(mask_bT, found_N.detach())
     # 5. rewards: KL a token, and the score where the reply is over
-    penalised_B = scores_B - config.end_penalty * ~ended_B
+    penalised_B = minus_siblings(scores_B - config.end_penalty * ~ended_B, config.samples)
     rewards_BT = place_rewards(logprobs_BT, ref_logprobs_BT, mask_BT, penalised_B, beta)
     return Rollout(
         tokens_BT, segments_BT, mask_BT, logprobs_BT, ref_logprobs_BT, values_BT, rewards_BT,
@@ -486,8 +514,9 @@ def update(
     epochs = 0
     for epoch in range(config.epochs):
         # 8. a few epochs over minibatches in random order
-        order_B = torch.randperm(len(rollout.replies), generator=generator, device=generator.device)
-        for rows_b in order_B.split(config.minibatch):
+        groups = torch.arange(len(rollout.replies)).split(config.minibatch)
+        order = torch.randperm(len(groups), generator=generator, device=generator.device)
+        for rows_b in (groups[n] for n in order.tolist()):
             mask_bT = rollout.mask_BT[rows_b]
             old_N, old_values_N, advantages_N, returns_N = (
                 tensor_BT[rows_b][mask_bT]
@@ -668,8 +697,11 @@ def train_ppo(
         return time.monotonic() - started
 
     def prompts_at(step: int) -> list[list[int]]:
-        numbers = prompts_of_step(len(prompts), config.episodes, step, config.seed)
-        return [prompts[n] for n in numbers]
+        count = config.episodes // config.samples
+        numbers = prompts_of_step(len(prompts), count, step, config.seed)
+        # Neighbours share a minibatch: of similar length, they need little filling.
+        asked = sorted((prompts[n] for n in numbers), key=len)
+        return [prompt for prompt in asked for _ in range(config.samples)]
 
     def rollout_of(step: int, generator: torch.Generator) -> Rollout:
         return collect(
@@ -691,10 +723,10 @@ def train_ppo(
     recent: deque[float] = deque(maxlen=20)
     with MetricsWriter(folder / "metrics.jsonl", resume_step=step) as writer:
         if step == 0:
-            # The value head starts at the mean score, so that the first advantages aren't all
-            # of one sign.
+            # The value head starts at the mean of what a reply pays, so that the first advantages
+            # aren't all of one sign.
             look = rollout_of(0, make_generator(config.seed, policy.gpt.device))
-            policy.expect(float((look.scores_B - config.end_penalty * ~look.ended_B).mean()))
+            policy.expect(float(look.rewards_BT.sum(1).mean()))
         stopped = False
         while step < budget.steps and not stopped:
             step_started = time.monotonic()

@@ -1,4 +1,4 @@
-"""The conditions in the rewards of `tinychat train ppo`: what is met pays nothing more."""
+"""What `tinychat train ppo` adds to the marks of the reward model: conditions and checked facts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tinychat.data.records import Message
+    from tinychat.data.facts import Facts
+    from tinychat.data.records import Dialogue, Message
     from tinychat.gpt import GPT
     from tinychat.ppo import RewardFunction
     from tinychat.tokenizer import Tokenizer
@@ -35,6 +36,31 @@ def with_fit(marks: RewardFunction, gpt: GPT, pieces: Tokenizer, weight: float) 
     return rewards
 
 
+def with_sure(marks: RewardFunction, gpt: GPT, pieces: Tokenizer, weight: float) -> RewardFunction:
+    """The marks, and `weight` more for each nat a token that `gpt` holds the reply for likelier.
+
+    Of all that chooses among a small chat model's own replies, its own log-probability is the best:
+    where it knows a thing, it says it surely (Huang et al. 2024 call this sharpening).
+    """
+    import torch
+
+    from tinychat.ppo import PPOConfig, lay_out, reply_logprobs
+
+    config = PPOConfig(precision="bf16")
+
+    @torch.no_grad()
+    def rewards(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
+        sure = []
+        for start in range(0, len(prompts), 32):
+            part = slice(start, start + 32)
+            rows = lay_out(prompts[part], replies[part], pieces.pad_id, gpt.device)
+            logprobs_N, _ = reply_logprobs(gpt, *rows, config)
+            sure += [one.mean() for one in logprobs_N.cpu().split([*map(len, replies[part])])]
+        return marks(prompts, replies).cpu() + weight * torch.stack(sure)
+
+    return rewards
+
+
 def with_rules(marks: RewardFunction, pieces: Tokenizer, weight: float) -> RewardFunction:
     """The marks, less `weight` for a reply that breaks a rule of chapter 11, however many.
 
@@ -51,6 +77,30 @@ def with_rules(marks: RewardFunction, pieces: Tokenizer, weight: float) -> Rewar
             text = pieces.decode(reply[:-1] if ended else reply).strip()
             flawed.append(bool(flaw_of(asked(prompt, pieces), text, ended)))
         return marks(prompts, replies).cpu() - weight * torch.tensor(flawed).float()
+
+    return rewards
+
+
+def with_facts(
+    marks: RewardFunction,
+    pieces: Tokenizer,
+    facts: Facts,
+    checked: dict[tuple[int, ...], Dialogue],
+    weight: float,
+) -> RewardFunction:
+    """The marks, and `weight` more for a right answer, or less for a wrong one.
+
+    `checked` has the prompts whose answer a rule can check; behind all others the marks stay.
+    """
+    import torch
+
+    def rewards(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
+        earned = [
+            0 if (one := checked.get(tuple(prompt))) is None
+            else 1 if facts.right(one, pieces.decode(reply)) else -1
+            for prompt, reply in zip(prompts, replies, strict=True)
+        ]  # fmt: skip
+        return marks(prompts, replies).cpu() + weight * torch.tensor(earned).float()
 
     return rewards
 

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinychat.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tinychat.data.records import Message
+    from tinychat.data.facts import Facts
+    from tinychat.data.records import Dialogue, Message
     from tinychat.tokenizer import Tokenizer
 
 HELD_OUT = 96  # prompts of the report
 
 
 def find_prompts(
-    data: Path | None, pieces: Tokenizer, room: int
+    data: Path | None,
+    pieces: Tokenizer,
+    room: int,
+    checked: Mapping[tuple[int, ...], Dialogue],
 ) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
     """Return prompts to train on, held-out ones, and what the model card must say of them.
 
     Every user turn of our corpus with what was said before it, as many conversations of the
-    basics and, with a data folder, the public prompts. The held-out ones are of the corpus's
-    validation part; no prompt stands on both sides.
+    basics, the questions that can be `checked` and, with a data folder, the public prompts. The
+    held-out ones are of the corpus's validation part; no prompt stands on both sides.
     """
     from tinychat.data import corpus
     from tinychat.data.preferences import prompt_key
@@ -46,6 +50,9 @@ def find_prompts(
         for prompt in prompts_of(dialogue):
             add("train", prompt)
     own = len(found["train"])
+    for one in checked.values():
+        add("train", one.messages[:1])
+    own = len(found["train"])
     sources["basics"] = {"licence": "CC0-1.0", "prompts": own - sources["dialogues"]["prompts"]}
     if folder := data_folder(data):
         for prompt in public_prompts(folder):
@@ -67,6 +74,17 @@ def find_prompts(
             "lower max_tokens with --set max_tokens=32."
         )
     return train, held_out, sources
+
+
+def checked_prompts(facts: Facts, pieces: Tokenizer, room: int) -> dict[tuple[int, ...], Dialogue]:
+    """The prompts whose answer a rule can check, and where each comes from."""
+    from tinychat.dialogue import render_prompt
+
+    found = (
+        (render_prompt(one.messages[:1], pieces, context=10**6, reserve=0), one)
+        for one in facts.asked
+    )
+    return {tuple(ids): one for ids, one in found if len(ids) <= room}
 
 
 def unseen_batches(pieces: Tokenizer, context: int) -> Iterator[Any]:

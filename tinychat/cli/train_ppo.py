@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinychat.cli.conditions import with_fit, with_rules
+from tinychat.cli.conditions import with_facts, with_fit, with_rules, with_sure
 from tinychat.cli.contestants import find_judge, load_judge
 from tinychat.cli.outcome import lineage_of, print_next, stop_here, write_checkpoint
-from tinychat.cli.ppo_prompts import find_prompts, unseen_batches
+from tinychat.cli.ppo_prompts import checked_prompts, find_prompts, unseen_batches
 from tinychat.cli.progress import millions, ppo_progress
+from tinychat.cli.reward_exam import right_share
 from tinychat.cli.runs import (
     budget_of,
     check_minutes,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from tinychat.tokenizer import Tokenizer
 
 PROMPT_TOKENS = 128  # longer prompts are left out: they cost much and say little about the reply
-REPORT = ("score", "judge", "kl", "length", "ended", "distinct_2", "repetition", "entropy")
+REPORT = ("score", "judge", "right", "kl", "length", "ended", "distinct_2", "repetition", "entropy")
 
 
 @train_app.command()
@@ -68,12 +69,31 @@ def ppo(
             "0 for nothing.",
         ),
     ] = 1.0,
+    marks: Annotated[
+        float, typer.Option(metavar="X", help="How much the reward model's marks count.")
+    ] = 1.0,
+    sure: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            help="How much a reply earns for each nat a token that the chat model it began with "
+            "holds it for likelier; 0 for nothing.",
+        ),
+    ] = 0.0,
     rules: Annotated[
         float,
         typer.Option(
             metavar="X",
             help="How much a reply loses that breaks a rule: a word that doesn't exist, one thing "
             "said over and over, no end; 0 for nothing.",
+        ),
+    ] = 1.0,
+    facts: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            help="How much a reply earns that answers a question of the basics right, and loses "
+            "that answers it wrong; 0 asks none of them for that.",
         ),
     ] = 1.0,
     minutes: Minutes = None,
@@ -88,6 +108,9 @@ def ppo(
     Example: tinychat train ppo --from sft --reward reward --minutes 30
     """
     reuse_memory()
+    from tinychat.data import corpus
+    from tinychat.data.facts import Facts
+    from tinychat.data.split import by_split
     from tinychat.gpt import load_model
     from tinychat.ppo import ActorCritic, PPOConfig, collect, summary, train_ppo
     from tinychat.pretraining import LossFunction, Result, bits_per_byte, bytes_of_tokens
@@ -96,7 +119,8 @@ def ppo(
     from tinychat.runtime.device import pick_device, set_threads
 
     # 1. Everything that can be wrong is found before the first minute is spent.
-    for name, weight in (("fit", fit), ("rules", rules)):
+    weights = {"marks": marks, "fit": fit, "sure": sure, "rules": rules, "facts": facts}
+    for name, weight in weights.items():
         if not 0 <= weight < float("inf"):
             raise ConfigError(f"--{name} is {weight}; give 0 or a number above it.")
     if minutes is not None:
@@ -109,7 +133,7 @@ def ppo(
         if judge:
             record["judge"] = str(find_checkpoint(judge))
         record["sha256"] = {name: file_sha256(path) for name, path in record.items()}
-        record |= {"fit": fit, "rules": rules}
+        record |= weights
     chosen = settings_of(record, settings, minutes)
     config = override(PPOConfig(), chosen)
     path = folder / "rlhf.safetensors"
@@ -147,7 +171,9 @@ def ppo(
         if model
     )
     room = min(PROMPT_TOKENS, reads - config.max_tokens)
-    prompts, held_out, sources = find_prompts(data, pieces, room)
+    known = Facts(by_split(corpus.basics())["train"])
+    checked = checked_prompts(known, pieces, room) if record.get("facts") else {}
+    prompts, held_out, sources = find_prompts(data, pieces, room, checked)
     if not resume:
         kept = {"set": chosen, "minutes": minutes, "data": str(data) if data else None}
         write_record(folder, record | kept)
@@ -155,21 +181,30 @@ def ppo(
         update_record(folder, record | {"set": chosen})
 
     def marks_of(model: RewardModel) -> RewardFunction:
-        def marks(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
+        def read(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
             texts = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
             return score(model, texts, pieces.pad_id)
 
-        return marks
+        return read
 
     # 2. The same held-out prompts and the same dice, before and after.
     from tinychat.generation import make_generator, stop_ids
 
     marker, reference = marker.to(place), reference.to(place)
-    rewards = marks_of(marker)
+
+    def weighted(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
+        return record.get("marks", 1.0) * marks_of(marker)(prompts, replies).cpu()
+
+    rewards: RewardFunction = weighted
+    if record.get("sure"):
+        rewards = with_sure(rewards, reference, pieces, record["sure"])
     if record.get("fit"):
         rewards = with_fit(rewards, reference, pieces, record["fit"])
     if record.get("rules"):
         rewards = with_rules(rewards, pieces, record["rules"])
+    if checked:
+        rewards = with_facts(rewards, pieces, known, checked, record["facts"])
+    unseen_facts = Facts(by_split(corpus.basics())["validation"])
     tokens: dict[str, Any] = {"stop": stop_ids(pieces), "end": pieces.end_id, "pad": pieces.pad_id}
 
     def measure(gpt: GPT) -> tuple[list[list[int]], list[float], dict[str, float]]:
@@ -178,12 +213,13 @@ def ppo(
             reference,
             held_out,
             rewards,
-            config,
+            replace(config, samples=1),
             beta=0.0,
             **tokens,
             generator=make_generator(0, place),
         )
         found = summary(look)
+        found["right"] = right_share(gpt, pieces, unseen_facts)
         if onlooker:
             found["judge"] = float(marks_of(onlooker)(held_out, look.replies).mean())
         return look.replies, look.scores_B.tolist(), found
