@@ -19,7 +19,8 @@
 #
 # 1. **choosing**: greedy, temperature, top-k, top-p, min-p and a penalty for repeating;
 # 2. **remembering**: the KV cache, which makes a reply many times cheaper, and what it takes;
-# 3. **many replies at once**, for judging a model and for reinforcement learning;
+# 3. **many replies at once**, for judging a model and for reinforcement learning, and several
+#    **drafts** of one reply, of which the surest is said;
 # 4. **streaming**: from tokens to bytes to characters, without ever showing half an emoji.
 #
 # **What you need:** chapters 03 (tokens and bytes), 05 (keys and values) and 06 (the network). The
@@ -50,6 +51,7 @@ from tinychat.tokenizer import Tokenizer
 # %%
 import os
 import time
+from dataclasses import replace
 
 from tinychat.book.picture import picture
 from tinychat.data import tokenizer_model
@@ -178,6 +180,9 @@ for copy in range(copies):
 
 
 # %% tags=["export"]
+MOST_DRAFTS = 64  # their notes take memory
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen; raises ConfigError for values that make no sense."""
@@ -192,6 +197,8 @@ class Sampling:
     "tokens below this share of the best one's probability go (Nguyen et al. 2024); 0 is off"
     repetition_penalty: float = 1.0
     "makes tokens of this reply less likely to come again (Keskar et al. 2019); 1 is off"
+    drafts: int = 1
+    "replies drawn side by side, of which the surest is said (Adiwardana et al. 2020); 1 is off"
     max_tokens: int = 200
     "longest reply in tokens"
     seed: int | None = None
@@ -204,6 +211,7 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
+            ("drafts", 1 <= self.drafts <= MOST_DRAFTS, f"from 1 (off) to {MOST_DRAFTS}"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0 to 2^63"),
         )
@@ -537,11 +545,12 @@ def generate(
 ) -> Iterator[int]:
     """Yield the tokens of one reply to `ids`, each as soon as it is chosen.
 
-    Ends before a token of `stop` (which is not yielded), after `max_tokens`, or when prompt and
-    reply fill the cache. A `cache` may hold a beginning of `ids` from earlier turns: only the rest
-    is read (Pope et al. 2022); `rewind` makes sure that it is one. Afterwards it holds the prompt
-    and the reply up to the last token but one. Raises ConfigError at once when the prompt is
-    empty or leaves no room for a reply.
+    With several `sampling.drafts`, all at once, when the drafts are written. Ends before a token of
+    `stop` (which is not yielded), after `max_tokens`, or when prompt and reply fill the cache. A
+    `cache` may hold a beginning of `ids` from earlier turns: only the rest is read (Pope et al.
+    2022); `rewind` makes sure that it is one. Afterwards it holds the prompt and the reply up to
+    the last token but one. Raises ConfigError at once when the prompt is empty or leaves no room
+    for a reply.
     """
     if not ids:
         raise ConfigError("The prompt is empty; give the model at least one token to go on from.")
@@ -557,7 +566,9 @@ def generate(
     cache.truncate(min(cache.length, len(ids) - 1))
     if generator is None:
         generator = make_generator(sampling.seed, model.device)
-    return _decode(model, ids, sampling, stop, cache, generator, min(sampling.max_tokens, room))
+    several = sampling.drafts > 1 and not sampling.greedy  # greedy drafts are all the same
+    decode = _decode_drafts if several else _decode
+    return decode(model, ids, sampling, stop, cache, generator, min(sampling.max_tokens, room))
 
 
 @torch.inference_mode()
@@ -862,6 +873,107 @@ print(f"{same} of {len(prompts)} replies are the same, token for token")
 # (Sums in another order round differently in the last bit. When two tokens are almost equally good,
 # that bit can decide.)
 #
+# ## Think before you speak: drafts
+#
+# A reply goes wrong at one unlucky draw, and from then on the model writes to fit its own mistake. Cold
+# dice avoid that, but only one token ahead. A better way costs little when a batch is nearly as fast as
+# a single reply: draw several whole **drafts** side by side, and say the one that the model holds for
+# the likeliest. Google's Meena did it with twenty and called it **sample-and-rank** (Adiwardana et al.
+# 2020). Two details matter. A product of probabilities falls with every token, so a sum of their
+# logarithms would always choose the shortest draft: we take the *mean* a token. And a draft that circles
+# in a loop is very sure of itself, so those that end by themselves go first.
+#
+# The prompt is read once. Its notes are copied for every draft, and those of the chosen one are put back
+# afterwards: the next turn finds the cache as if nothing had happened. What we pay is streaming. The
+# first word comes when the last draft is done.
+
+
+# %% tags=["export"]
+@torch.inference_mode()
+def _decode_drafts(
+    model: GPT,
+    ids: Sequence[int],
+    sampling: Sampling,
+    stop: Collection[int],
+    cache: KVCache,
+    generator: torch.Generator,
+    limit: int,
+) -> Iterator[int]:
+    """The loop of `generate` for several drafts; yields the surest when all are written."""
+    drafts, begin = sampling.drafts, len(ids)
+    # 1. read the prompt once, and copy the notes
+    unread_1T = torch.tensor([ids[cache.length :]], device=model.device)
+    logits_DV = next_logits(model, unread_1T, cache).expand(drafts, -1)
+    many = cache.copies(drafts, begin + limit)
+    # 2. one token a draft and step, until every draft has stopped
+    replies_DT = torch.zeros(drafts, limit, dtype=torch.long, device=model.device)
+    logprobs_DT = torch.zeros(drafts, limit, device=model.device)
+    lengths = [limit] * drafts
+    running = set(range(drafts))
+    for step in range(limit):
+        if step:
+            logits_DV = next_logits(model, replies_DT[:, step - 1 : step], many)
+        history_DT = replies_DT[:, :step] if step else None
+        chosen_D = sample(logits_DV, sampling, history_BT=history_DT, generator=generator)
+        replies_DT[:, step] = chosen_D
+        logprobs_DT[:, step] = logits_DV.log_softmax(-1).gather(1, chosen_D[:, None])[:, 0]
+        for row, token in enumerate(chosen_D.tolist()):
+            if row in running and token in stop:
+                running.remove(row)
+                lengths[row] = step
+        if not running:
+            break
+    # 3. the surest of those that say something and end by themselves (which counts as a token)
+    best = max(
+        range(drafts),
+        key=lambda row: (
+            lengths[row] > 0,
+            row not in running,
+            float(logprobs_DT[row, : lengths[row] + 1].mean()),
+        ),
+    )
+    # 4. the notes of the chosen one
+    cache.follow(many, best, min(begin + lengths[best], many.length))
+    yield from replies_DT[best, : lengths[best]].tolist()
+
+
+# %% [markdown]
+# Here are a few drafts of one text, each with the mean log-prob of its tokens, and the one that is said.
+
+# %%
+opening = [tokenizer.bos_id, *tokenizer.encode("The little bear looked for")]
+calm = Sampling(temperature=0.8, max_tokens=16, seed=5)
+dice = make_generator(calm.seed, model.device)
+found = {tuple(generate(model, opening, calm, generator=dice)) for _ in range(4 if FAST else 8)}
+
+
+def sureness(reply: Sequence[int]) -> float:
+    """The mean log-prob of the reply's tokens behind the opening."""
+    with torch.inference_mode():
+        scores_TV = model(torch.tensor([[*opening, *reply]]))[0].float().log_softmax(-1)
+    places = range(len(opening) - 1, len(opening) + len(reply) - 1)
+    return sum(float(scores_TV[t, id]) for t, id in zip(places, reply, strict=True)) / len(reply)
+
+
+for reply in sorted(found, key=sureness):
+    print(f"{sureness(reply):6.2f}  {tokenizer.decode(list(reply))!r}")
+said = list(generate(model, opening, replace(calm, drafts=8)))
+print(f"{sureness(said):6.2f}  {tokenizer.decode(said)!r}   <- said, of eight others")
+
+# %% tags=["test"]
+# The notes are those of the reply that was said: going on from them is going on from the text.
+notes = model.new_cache(1, len(opening) + 40)
+said = list(generate(model, opening, replace(calm, drafts=8), cache=notes))
+further = [*opening, *said, *tokenizer.encode(" and")]
+cold = Sampling(temperature=0, max_tokens=8)
+fed = rewind(notes, [*opening, *said], further)
+assert len(opening) < fed <= len(opening) + len(said)
+assert list(generate(model, further, cold, cache=notes)) == list(generate(model, further, cold))
+
+# %% [markdown]
+# Does it help? For our chat model it does more than anything else that costs so little: the lab notes
+# count the right answers and the readable replies, with one draft and with several.
+#
 # ## From tokens to characters
 #
 # One problem is left, and many chat programs get it wrong. A token is a piece of *bytes*, and in
@@ -1094,15 +1206,13 @@ assert "".join(until(iter("aab"), "ab")) == "a"
 #
 # ## What we left out
 #
-# - **Beam search** keeps several texts and returns the most likely one. That helps translation,
-#   where one right answer exists. In open conversation it is greedy decoding with more effort: duller
-#   still (Holtzman et al. 2020).
+# - **Beam search** keeps several texts, cuts the unlikely ones at every token and returns the most
+#   likely of all. That helps translation, where one right answer exists. In open conversation it is
+#   duller still than greedy decoding (Holtzman et al. 2020); drafts are drawn, and only then compared.
 # - **Speculative decoding**: a small model guesses, the large one checks several tokens in one go.
 #   Chapter 14 builds it.
 # - **Paged caches and continuous batching**: servers with many users cut the cache into pages and
 #   let rows join and leave a running batch. Our batch waits for its slowest row.
-# - **One prompt, many replies**: read it once and copy its cache for each reply, as nanochat's engine
-#   does. Our batch takes different prompts, and reads each in its own row.
 # - **Constrained decoding**: forbid every token that would break a grammar, such as JSON.
 #
 # ## Where this is in the package
@@ -1115,6 +1225,9 @@ assert "".join(until(iter("aab"), "ab")) == "a"
 # - A. Holtzman, J. Buys, L. Du, M. Forbes, Y. Choi:
 #   [The curious case of neural text degeneration](https://arxiv.org/abs/1904.09751) (2020). Top-p; why
 #   the most likely text is not the best.
+# - D. Adiwardana, M.-T. Luong, D. R. So et al.:
+#   [Towards a human-like open-domain chatbot](https://arxiv.org/abs/2001.09977) (2020). Meena:
+#   sample-and-rank.
 # - M. N. Nguyen, A. Baker, C. Neo, A. Roush, A. Kirsch, R. Shwartz-Ziv:
 #   [Turning up the heat: min-p sampling](https://arxiv.org/abs/2407.01082) (2024).
 # - N. S. Keskar, B. McCann, L. R. Varshney, C. Xiong, R. Socher:

@@ -65,6 +65,17 @@ class FakeCache:
             raise ValueError(f"can't truncate {self.length} stored tokens to {length}")
         self.ids_BT, self.segments_BT = self.ids_BT[:, :length], self.segments_BT[:, :length]
 
+    def copies(self, rows: int, capacity: int) -> "FakeCache":
+        many = FakeCache(rows, capacity)
+        many.ids_BT, many.segments_BT = (
+            part.expand(rows, -1) for part in (self.ids_BT, self.segments_BT)
+        )
+        return many
+
+    def follow(self, other: "FakeCache", row: int, length: int) -> None:
+        self.ids_BT = other.ids_BT[row : row + 1, :length]
+        self.segments_BT = other.segments_BT[row : row + 1, :length]
+
 
 class FakeGPT:
     """A GPT whose scores come from `scores(tokens of the row so far) -> [V]`.

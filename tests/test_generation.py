@@ -171,6 +171,8 @@ def test_samples_follow_the_distribution():
         dict(min_p=-0.1),
         dict(min_p=2),
         dict(repetition_penalty=0),
+        dict(drafts=0),
+        dict(drafts=65),
         dict(max_tokens=0),
         dict(seed=-1),
     ],
@@ -279,6 +281,73 @@ def test_a_strong_penalty_stops_loops():
     assert list(generate(Loop(), [8], Sampling(**sampling))) == [9, 9, 9, 9]
     found = list(generate(Loop(), [8], Sampling(**sampling, repetition_penalty=2.0)))
     assert found == [9, 10, 9, 9], "3, then 2 against 1.5, then 1.5 against 1"
+
+
+# ------------------------------------------------------------------ drafts
+
+A, B, END, ASK = 20, 21, TOKENIZER.end_id, [TOKENIZER.assistant_id]
+
+
+class Fork(UniformGPT):
+    """After the opening it follows `first`; then what each token of `then` leads to."""
+
+    def __init__(self, first: dict[int, float], then: dict[int, dict[int, float]]):
+        super().__init__()
+        self.first, self.then = first, then
+
+    def scores(self, ids):
+        chances = self.first if ids[-1] == ASK[0] else self.then.get(ids[-1], {END: 1.0})
+        logits_V = torch.full((self.config.vocab_size,), -1e4)
+        for token, chance in chances.items():
+            logits_V[token] = math.log(chance)
+        return logits_V
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "said"),
+    [
+        # Greedy takes A, and then anything goes: (ln 0.6 + ln 0.1 + 0) / 3 = -0.94 a token.
+        # B is the less likely start, and sure of its end: (ln 0.4 + 0) / 2 = -0.46.
+        ({A: 0.6, B: 0.4}, {A: {40 + n: 0.1 for n in range(10)}}, [B]),
+        # A reply that never ends is surer of itself, and one that says nothing is surest of all.
+        ({A: 0.5, B: 0.5}, {A: {A: 1.0}, B: {B: 0.3, END: 0.7}}, [B]),
+        ({END: 0.9, B: 0.1}, {}, [B]),
+        # Where nothing else is there, it is said all the same.
+        ({A: 1.0}, {A: {A: 1.0}}, [A] * 6),
+        ({END: 1.0}, {}, []),
+    ],
+)
+def test_the_surest_draft_is_said(first, then, said):
+    sampling = Sampling(temperature=1, top_p=1, drafts=64, max_tokens=6, seed=1)
+    found = list(generate(Fork(first, then), ASK, sampling, stop={END}))
+    assert found == said
+
+
+def test_greedy_needs_no_drafts():
+    model = Fork({A: 0.6, B: 0.4}, {})
+    cache = model.new_cache()
+    sampling = Sampling(temperature=0, drafts=8)
+    assert list(generate(model, ASK, sampling, stop={END}, cache=cache)) == [A]
+    assert cache.fed == [1, 1]
+
+
+@pytest.mark.parametrize("stop", [(), tuple(range(7, 263, 3))])
+def test_after_drafts_the_cache_holds_what_was_said(gpt, stop):
+    prompt = TOKENIZER.encode("hello")
+    sampling = Sampling(**OFF, drafts=5, max_tokens=12, seed=2)
+    cache = gpt.new_cache()
+    list(generate(gpt, prompt[:3], Sampling(max_tokens=1), cache=cache))  # an earlier turn
+    rewind(cache, prompt[:3], prompt)
+    said = list(generate(gpt, prompt, sampling, stop=stop, cache=cache))
+    assert said == list(generate(gpt, prompt, sampling, stop=stop)), "the same without it"
+    assert 0 < len(said) <= 12
+    assert cache.length == len(prompt) + len(said) - (len(said) == 12 or not stop)
+    fresh = gpt.new_cache()
+    with torch.inference_mode():
+        gpt.hidden(torch.tensor([[*prompt, *said][: cache.length]]), cache=fresh)
+    for mine, its in zip(cache.layers, fresh.layers, strict=True):
+        for one, other in zip(mine.held(0, cache.length), its.held(0, cache.length), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 # ------------------------------------------------------------------ batches

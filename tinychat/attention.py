@@ -78,6 +78,10 @@ class LayerCache:
         self.v[:, :, start:stop] = v_BHTK
         return self.k[:, :, :stop], self.v[:, :, :stop]
 
+    def held(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of the tokens from `start` to `stop`."""
+        return self.k[:, :, start:stop], self.v[:, :, start:stop]
+
 
 class RMSNorm(nn.Module):
     """Scale each vector to unit root-mean-square, then each column by a learned weight.

@@ -18,6 +18,9 @@ from tinychat.runtime.errors import ConfigError
 from tinychat.tokenizer import Tokenizer
 
 
+MOST_DRAFTS = 64  # their notes take memory
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen; raises ConfigError for values that make no sense."""
@@ -32,6 +35,8 @@ class Sampling:
     "tokens below this share of the best one's probability go (Nguyen et al. 2024); 0 is off"
     repetition_penalty: float = 1.0
     "makes tokens of this reply less likely to come again (Keskar et al. 2019); 1 is off"
+    drafts: int = 1
+    "replies drawn side by side, of which the surest is said (Adiwardana et al. 2020); 1 is off"
     max_tokens: int = 200
     "longest reply in tokens"
     seed: int | None = None
@@ -44,6 +49,7 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
+            ("drafts", 1 <= self.drafts <= MOST_DRAFTS, f"from 1 (off) to {MOST_DRAFTS}"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0 to 2^63"),
         )
@@ -180,11 +186,12 @@ def generate(
 ) -> Iterator[int]:
     """Yield the tokens of one reply to `ids`, each as soon as it is chosen.
 
-    Ends before a token of `stop` (which is not yielded), after `max_tokens`, or when prompt and
-    reply fill the cache. A `cache` may hold a beginning of `ids` from earlier turns: only the rest
-    is read (Pope et al. 2022); `rewind` makes sure that it is one. Afterwards it holds the prompt
-    and the reply up to the last token but one. Raises ConfigError at once when the prompt is
-    empty or leaves no room for a reply.
+    With several `sampling.drafts`, all at once, when the drafts are written. Ends before a token of
+    `stop` (which is not yielded), after `max_tokens`, or when prompt and reply fill the cache. A
+    `cache` may hold a beginning of `ids` from earlier turns: only the rest is read (Pope et al.
+    2022); `rewind` makes sure that it is one. Afterwards it holds the prompt and the reply up to
+    the last token but one. Raises ConfigError at once when the prompt is empty or leaves no room
+    for a reply.
     """
     if not ids:
         raise ConfigError("The prompt is empty; give the model at least one token to go on from.")
@@ -200,7 +207,9 @@ def generate(
     cache.truncate(min(cache.length, len(ids) - 1))
     if generator is None:
         generator = make_generator(sampling.seed, model.device)
-    return _decode(model, ids, sampling, stop, cache, generator, min(sampling.max_tokens, room))
+    several = sampling.drafts > 1 and not sampling.greedy  # greedy drafts are all the same
+    decode = _decode_drafts if several else _decode
+    return decode(model, ids, sampling, stop, cache, generator, min(sampling.max_tokens, room))
 
 
 @torch.inference_mode()
@@ -325,6 +334,54 @@ def _decode_batch(
         reply_BT[:, step] = chosen_B
         unread_BT, segments_BT = chosen_B[:, None], None
     return replies
+
+
+@torch.inference_mode()
+def _decode_drafts(
+    model: GPT,
+    ids: Sequence[int],
+    sampling: Sampling,
+    stop: Collection[int],
+    cache: KVCache,
+    generator: torch.Generator,
+    limit: int,
+) -> Iterator[int]:
+    """The loop of `generate` for several drafts; yields the surest when all are written."""
+    drafts, begin = sampling.drafts, len(ids)
+    # 1. read the prompt once, and copy the notes
+    unread_1T = torch.tensor([ids[cache.length :]], device=model.device)
+    logits_DV = next_logits(model, unread_1T, cache).expand(drafts, -1)
+    many = cache.copies(drafts, begin + limit)
+    # 2. one token a draft and step, until every draft has stopped
+    replies_DT = torch.zeros(drafts, limit, dtype=torch.long, device=model.device)
+    logprobs_DT = torch.zeros(drafts, limit, device=model.device)
+    lengths = [limit] * drafts
+    running = set(range(drafts))
+    for step in range(limit):
+        if step:
+            logits_DV = next_logits(model, replies_DT[:, step - 1 : step], many)
+        history_DT = replies_DT[:, :step] if step else None
+        chosen_D = sample(logits_DV, sampling, history_BT=history_DT, generator=generator)
+        replies_DT[:, step] = chosen_D
+        logprobs_DT[:, step] = logits_DV.log_softmax(-1).gather(1, chosen_D[:, None])[:, 0]
+        for row, token in enumerate(chosen_D.tolist()):
+            if row in running and token in stop:
+                running.remove(row)
+                lengths[row] = step
+        if not running:
+            break
+    # 3. the surest of those that say something and end by themselves (which counts as a token)
+    best = max(
+        range(drafts),
+        key=lambda row: (
+            lengths[row] > 0,
+            row not in running,
+            float(logprobs_DT[row, : lengths[row] + 1].mean()),
+        ),
+    )
+    # 4. the notes of the chosen one
+    cache.follow(many, best, min(begin + lengths[best], many.length))
+    yield from replies_DT[best, : lengths[best]].tolist()
 
 
 class TextStream:

@@ -4,6 +4,7 @@ Generated from chapters/06_gpt.py: edit that file,
 then run `python -m tinychat.book export`.
 """
 
+import copy
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -187,6 +188,26 @@ class KVCache:
         self.length = length
         if self.segments_BS is not None:
             self.segments_BS = self.segments_BS[:, :length]
+
+    def copies(self, rows: int, capacity: int) -> "KVCache":
+        """Return a cache with room for `capacity` tokens and `rows` times this one's single row."""
+        many = copy.copy(self)
+        many.batch, many.capacity, many.layers = rows, capacity, []
+        for layer in self.layers:
+            _, heads, _, width = layer.k.shape
+            wide = LayerCache((rows, heads, capacity, width), layer.k.device, layer.k.dtype)
+            wide.extend(0, *(part.expand(rows, -1, -1, -1) for part in layer.held(0, self.length)))
+            many.layers.append(wide)
+        if self.segments_BS is not None:
+            many.segments_BS = self.segments_BS.expand(rows, -1)
+        return many
+
+    def follow(self, other: "KVCache", row: int, length: int) -> None:
+        """Hold what a row of `other` holds, up to `length` tokens; both must begin alike."""
+        for mine, its in zip(self.layers, other.layers, strict=True):
+            k, v = its.held(self.length, length)
+            mine.extend(self.length, k[row : row + 1], v[row : row + 1])
+        self.length = length
 
     def visible(self, length: int, segments_BT: Tensor | None, device: torch.device) -> Any:
         """Take in `length` new tokens; return who sees whom, or None for plain causal."""

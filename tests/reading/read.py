@@ -1,6 +1,6 @@
 """Print a chat model's replies to fifty prompts, for reading.
 
-    python tests/reading/read.py CKPT [--seed 0] [--temperature 0.7] [--prompts FILE]
+    python tests/reading/read.py CKPT [--seed 0] [--temperature 0.5] [--drafts 8] [--prompts FILE]
 
 A person judges them; the verdicts go into chapters/lab_notes.md. prompts.txt holds what no
 training text may ask; strangers.txt was written by somebody who knew neither the texts nor the
@@ -26,16 +26,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--temperature", type=float, default=0.5)
+    parser.add_argument("--drafts", type=int, default=8)
     parser.add_argument("--prompts", type=Path, default=Path(__file__).with_name("prompts.txt"))
     options = parser.parse_args()
     model, tokenizer, info = load_model(find(options.checkpoint))
     training = [*corpus.dialogues(), *corpus.basics()]
     known = {plain(dialogue.messages[0].content) for dialogue in training}
     sampling = Sampling(
-        temperature=options.temperature, top_p=0.9, max_tokens=120, seed=options.seed
+        temperature=options.temperature, top_p=0.95, drafts=options.drafts, max_tokens=120,
+        seed=options.seed,
+    )  # fmt: skip
+    print(
+        f"{info.path} ({info.stage}), temperature {options.temperature}, "
+        f"{options.drafts} drafts, seed {options.seed}\n"
     )
-    print(f"{info.path} ({info.stage}), temperature {options.temperature}, seed {options.seed}\n")
     prompts = options.prompts.read_text(encoding="utf-8").splitlines()
     for number, prompt in enumerate(prompts, 1):
         ids = render_prompt(

@@ -99,7 +99,7 @@ class Tuning:
     def do_set(self, text: str) -> None:
         """/set NAME VALUE: change a setting, as in /set temperature 0.5
 
-        temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens, render.
+        temperature, top_k, top_p, min_p, repetition_penalty, drafts, seed, max_tokens, render.
         """
         chat, session = self._chat, self._chat.session
         name, _, value = text.replace("=", " ", 1).partition(" ")

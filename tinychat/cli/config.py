@@ -100,6 +100,11 @@ OPTIONS = {
             "The same seed gives the same conversation.",
         ),
         Option(
+            "drafts", int, 8, "a whole number from 1 to 64", lambda n: 1 <= n <= 64,
+            "Write N replies side by side and say the one that the model is surest of; with 1, "
+            "words appear as they are chosen.",
+        ),
+        Option(
             "max_tokens", int, 200, "a whole number from 1 up", lambda n: n >= 1,
             "The longest reply, in tokens.",
         ),
@@ -119,7 +124,7 @@ OPTIONS = {
     )
 }  # fmt: skip
 SAMPLING = (
-    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed",
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "drafts", "max_tokens", "seed",
 )  # fmt: skip
 
 

@@ -58,6 +58,7 @@ def hold(
 ) -> None:
     """`tinychat duel`: collect votes until the prompts, the count or the user's patience end."""
     infos = [choose(name) for name in names]
+    settings = {**settings, "drafts": 1}  # a vote is on what the model says, not on its best of N
     path = votes or votes_file()
     if len(infos) == 1 and settings["temperature"] == 0:
         raise ConfigError(

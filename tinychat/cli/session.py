@@ -41,11 +41,16 @@ class Reply:
     """from the question to the last token"""
     seconds: float
     """from the question until the reply was closed"""
+    drafts: int = 1
+    """replies that were written, to say the surest"""
 
     @property
     def tokens_per_second(self) -> float:
         """Speed after the first token, which pays for reading the prompt: what a stopwatch says
-        that runs from the first token on the screen to the last."""
+        that runs from the first token on the screen to the last. Of several drafts, all of which
+        are written before the first token is shown, the speed at which the one was."""
+        if self.drafts > 1:
+            return self.written / max(self.final, 1e-9)
         return (self.written - 1) / max(self.final - self.first, 1e-9) if self.written > 1 else 0.0
 
 
@@ -206,6 +211,7 @@ class ChatSession:
                 first=first,
                 final=final,
                 seconds=perf_counter() - started,
+                drafts=1 if self.sampling.greedy else self.sampling.drafts,
             )
 
     def _opened(self, begun: str) -> list[int]:
