@@ -689,9 +689,9 @@ def minus_siblings(scores_B: Tensor, samples: int) -> Tensor:
 
 
 # %% tags=["test"]
-# 3 is 2 above the mean of 0 and 2, and so on; the second prompt was equally easy for all three.
-assert minus_siblings(torch.tensor([3.0, 0.0, 2.0, 5.0, 5.0, 5.0]), 3).tolist() == [
-    2.0, -2.5, 0.5, 0.0, 0.0, 0.0,
+# 3 is 1.5 above the mean of 0 and 3, and so on; the second prompt was equally easy for all three.
+assert minus_siblings(torch.tensor([3.0, 0.0, 3.0, 5.0, 5.0, 5.0]), 3).tolist() == [
+    1.5, -3.0, 1.5, 0.0, 0.0, 0.0,
 ]  # fmt: skip
 
 # %% [markdown]
