@@ -346,7 +346,7 @@ class LayerCache:
         stop = start + k_BHTK.shape[2]
         self.k[:, :, start:stop] = k_BHTK
         self.v[:, :, start:stop] = v_BHTK
-        return self.k[:, :, :stop], self.v[:, :, :stop]
+        return self.held(0, stop)
 
     def held(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values of the tokens from `start` to `stop`."""

@@ -374,13 +374,18 @@ print(f"the longest has {max(len(row.tokens) for row in rows)} tokens")
 
 # %% tags=["export"]
 def render_prompt(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, context: int, reserve: int
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    context: int | None = None,
+    reserve: int = 0,
 ) -> list[int]:
     """Render a conversation that waits for a reply: it ends with `<|assistant|>`.
 
     At most `context - reserve` tokens, so that a reply of `reserve` tokens fits: the oldest pairs
-    of turns are forgotten first, the system message never. Raises ConfigError when even the last
-    message alone is too long, DataError when the last message is not the user's.
+    of turns are forgotten first, the system message never. Without a `context`, nothing is. Raises
+    ConfigError when even the last message alone is too long, DataError when the last message is
+    not the user's.
     """
     system, turns = split_system(messages)
     if turns[-1].role != "user":
@@ -389,15 +394,16 @@ def render_prompt(
     for message in system:
         head += _encode_turn(message, tokenizer)
     encoded = [_encode_turn(message, tokenizer) for message in turns]
-    limit = context - reserve - len(head) - 1
-    if len(encoded[-1]) > limit:
-        raise ConfigError(
-            f"Your message is {len(encoded[-1])} tokens long, but only {max(limit, 0)} fit "
-            f"(the model reads {context}, {reserve} are kept for the reply and {len(head) + 1} "
-            "for the system message and the template); shorten it or ask for a shorter reply."
-        )
-    first = first_that_fits([len(turn) for turn in encoded], limit)
-    return head + [token for turn in encoded[first:] for token in turn] + [tokenizer.assistant_id]
+    if context is not None:
+        limit = context - reserve - len(head) - 1
+        if len(encoded[-1]) > limit:
+            raise ConfigError(
+                f"Your message is {len(encoded[-1])} tokens long, but only {max(limit, 0)} fit "
+                f"(the model reads {context}, {reserve} are kept for the reply and {len(head) + 1} "
+                "for the system message and the template); shorten it or ask for a shorter reply."
+            )
+        encoded = encoded[first_that_fits([len(turn) for turn in encoded], limit) :]
+    return head + [token for turn in encoded for token in turn] + [tokenizer.assistant_id]
 
 
 # %%

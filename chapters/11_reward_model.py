@@ -1138,6 +1138,33 @@ print(f"the two means agree: correlation {float(torch.corrcoef(torch.stack(means
 
 # %% tags=["export"]
 @torch.no_grad()
+def mean_logprobs(
+    gpt: GPT,
+    prompts: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
+    pad: int,
+    batch: int = 32,
+) -> Tensor:
+    """Return the mean log-prob of each reply's tokens behind its prompt, `[N]`, in float32."""
+    order = sorted(range(len(replies)), key=lambda n: len(prompts[n]) + len(replies[n]))
+    mean_N = torch.zeros(len(replies))
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        ids_BT, last_B = right_padded([[*prompts[n], *replies[n]] for n in rows], pad)
+        places_T = torch.arange(ids_BT.shape[1])
+        first_B = torch.tensor([len(prompts[n]) for n in rows])
+        # The vector at one place predicts the token at the next.
+        asked_BT = (places_T >= first_B[:, None] - 1) & (places_T < last_B[:, None])
+        rows_N, _ = asked_BT.nonzero(as_tuple=True)
+        h_ND = gpt.hidden(ids_BT.to(gpt.device))[asked_BT.to(gpt.device)].float()
+        next_N = ids_BT.roll(-1, 1)[asked_BT].to(gpt.device)
+        logprobs_NV = (h_ND @ gpt.embed.weight.float().T).log_softmax(-1)
+        logprobs_N = logprobs_NV.gather(1, next_N[:, None])[:, 0].cpu()
+        sums_B = torch.zeros(len(rows)).index_add(0, rows_N, logprobs_N)
+        mean_N[rows] = sums_B / (last_B - first_B + 1)
+    return mean_N
+
+
 def question_fit(
     gpt: GPT,
     prompts: Sequence[Sequence[int]],
@@ -1150,25 +1177,8 @@ def question_fit(
 
     By a chat model: log p(reply | prompt) - log p(reply | blank prompt) (Li et al. 2016).
     """
-    order = sorted(range(len(replies)), key=lambda n: len(prompts[n]) + len(replies[n]))
-    fit_N = torch.zeros(len(replies))
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        for sign, before in ((1, [prompts[n] for n in rows]), (-1, [blank] * len(rows))):
-            texts = [[*head, *replies[n]] for head, n in zip(before, rows, strict=True)]
-            ids_BT, last_B = right_padded(texts, pad)
-            places_T = torch.arange(ids_BT.shape[1])
-            first_B = torch.tensor([len(head) for head in before])
-            # The vector at one place predicts the token at the next.
-            asked_BT = (places_T >= first_B[:, None] - 1) & (places_T < last_B[:, None])
-            rows_N, _ = asked_BT.nonzero(as_tuple=True)
-            h_ND = gpt.hidden(ids_BT.to(gpt.device))[asked_BT.to(gpt.device)].float()
-            next_N = ids_BT.roll(-1, 1)[asked_BT].to(gpt.device)
-            logprobs_NV = (h_ND @ gpt.embed.weight.float().T).log_softmax(-1)
-            logprobs_N = logprobs_NV.gather(1, next_N[:, None])[:, 0].cpu()
-            sums_B = torch.zeros(len(rows)).index_add(0, rows_N, logprobs_N)
-            fit_N[rows] += sign * sums_B / (last_B - first_B + 1)
-    return fit_N
+    behind_blank_N = mean_logprobs(gpt, [blank] * len(replies), replies, pad, batch)
+    return mean_logprobs(gpt, prompts, replies, pad, batch) - behind_blank_N
 
 
 # %%

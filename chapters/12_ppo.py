@@ -768,9 +768,9 @@ def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
 #
 # Both losses go through the rollout a few times (`epochs`), in small groups of episodes
 # (`minibatch`), and each group makes one step of the optimizer. The prompts of a rollout stand in
-# order of length, and a group is made of neighbours: so little of the work goes into filling. If the policy has moved too far from
-# the one that spoke, the rest of the epochs is left out (`kl_stop`): its tries are no longer worth
-# much.
+# order of length, and a group is made of neighbours: so little of the work goes into filling. If the
+# policy has moved too far from the one that spoke, the rest of the epochs is left out (`kl_stop`): its
+# tries are no longer worth much.
 
 
 # %% tags=["export"]
@@ -1914,7 +1914,10 @@ torch.testing.assert_close(found_3, best_3, atol=2e-3, rtol=0)
 #   PPO](https://arxiv.org/abs/2403.17031) (2024).
 # - Y. Bai et al.: [Training a Helpful and Harmless Assistant with Reinforcement Learning from Human
 #   Feedback](https://arxiv.org/abs/2204.05862) (2022). Iterated RLHF.
+# - W. Kool, H. van Hoof, M. Welling: [Buy 4 REINFORCE Samples, Get a Baseline for
+#   Free!](https://openreview.net/forum?id=r1lgTGL5DE) (2019). Siblings as the baseline.
 # - A. Ahmadian et al.: [Back to Basics](https://arxiv.org/abs/2402.14740) (2024). RLOO.
+# - N. Lambert et al.: [Tulu 3](https://arxiv.org/abs/2411.15124) (2024). Rewards that can be verified.
 # - Z. Shao et al.: [DeepSeekMath](https://arxiv.org/abs/2402.03300) (2024). GRPO.
 # - T. Mu et al.: [Rule Based Rewards for Language Model
 #   Safety](https://arxiv.org/abs/2411.01111) (2024).

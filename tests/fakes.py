@@ -7,7 +7,15 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from tinychat.data.records import Dialogue, Message
 from tinychat.gpt import GPT, GPTConfig
+
+PERU = ("what is the capital of Peru?", "The capital of Peru is Lima. It lies by the sea.")
+
+
+def talk(question: str, answer: str, topic: str = "capitals") -> Dialogue:
+    """A question and its answer."""
+    return Dialogue(question, topic, (Message("user", question), Message("assistant", answer)))
 
 
 class ByteTokenizer:

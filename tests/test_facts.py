@@ -1,21 +1,16 @@
 """Checked answers: each judgement worked out by hand, and the basics against themselves."""
 
 import pytest
+from fakes import PERU, talk
 
 from tinychat.data.corpus import basics
 from tinychat.data.facts import KINDS, Facts, is_right
-from tinychat.data.records import Dialogue, Message
 from tinychat.data.split import by_split
 
-PERU = ("what is the capital of Peru?", "The capital of Peru is Lima. It lies by the sea.")
 ITALY = ("the flag of Italy", "It is green, white and red.")
 COW = ("which is bigger, a cow or an ant?", "A cow is bigger than an ant.")
 PARIS = ("is Paris in Spain?", "No, Paris is in France.")
 TREE = ("plural of tree", "One tree, two trees.")
-
-
-def talk(question: str, answer: str, topic: str = "capitals") -> Dialogue:
-    return Dialogue(question, topic, (Message("user", question), Message("assistant", answer)))
 
 
 @pytest.mark.parametrize(

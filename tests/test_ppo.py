@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import PERU, talk
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -25,7 +26,7 @@ from tinychat.cli.conditions import (
 from tinychat.cli.ppo_prompts import checked_prompts, find_prompts
 from tinychat.data import corpus, tokenizer_model
 from tinychat.data.facts import Facts
-from tinychat.data.records import Dialogue, Message
+from tinychat.data.records import Message
 from tinychat.data.split import by_split
 from tinychat.dialogue import render_prompt
 from tinychat.gpt import GPT, GPTConfig, load_model, save_model
@@ -789,18 +790,13 @@ def test_what_the_chat_model_holds_for_likelier_earns(here):
             scores_TV = gpt(torch.tensor([prompts[n] + replies[n]]))[0].log_softmax(-1)
         places = range(len(prompts[n]) - 1, len(prompts[n]) + len(replies[n]) - 1)
         by_hand = [float(scores_TV[t, id]) for t, id in zip(places, replies[n], strict=True)]
-        assert float(earned_N[n]) == pytest.approx(2 * sum(by_hand) / len(by_hand), rel=0.02)
+        assert float(earned_N[n]) == pytest.approx(2 * sum(by_hand) / len(by_hand), rel=1e-4)
 
 
 def test_a_right_answer_earns_and_a_wrong_one_loses(here):
     _, pieces, _ = load_model("sft.safetensors")
-    peru, moo = (
-        Dialogue(question, topic, (Message("user", question), Message("assistant", answer)))
-        for question, answer, topic in (
-            ("what is the capital of Peru?", "The capital of Peru is Lima.", "capitals"),
-            ("what does the cow say and why does it say that?", "A cow says moo.", "science"),
-        )
-    )
+    peru = talk(*PERU)
+    moo = talk("what does the cow say and why does it say that?", "A cow says moo.", "science")
     facts = Facts([peru, moo])
     room = len(render_prompt(peru.messages[:1], pieces, context=160, reserve=8))
     checked = checked_prompts(facts, pieces, room)

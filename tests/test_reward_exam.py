@@ -1,18 +1,11 @@
 """The reward model's exam: who finds the right answer, worked out by hand."""
 
 import torch
-from fakes import ByteTokenizer, ScriptedGPT
+from fakes import PERU, ByteTokenizer, ScriptedGPT, talk
 
 from tinychat.cli import reward_exam
 from tinychat.cli.reward_exam import in_order, print_exam, right_share, sit_exam
 from tinychat.data.facts import Facts
-from tinychat.data.records import Dialogue, Message
-
-PERU = ("what is the capital of Peru?", "The capital of Peru is Lima. It lies by the sea.")
-
-
-def talk(question: str, answer: str, topic: str = "capitals") -> Dialogue:
-    return Dialogue(question, topic, (Message("user", question), Message("assistant", answer)))
 
 
 def test_order_by_hand():

@@ -62,6 +62,11 @@ class Sampling:
         """True when no dice are thrown."""
         return self.temperature == 0
 
+    @property
+    def side_by_side(self) -> int:
+        """How many drafts are written: one without dice, since they would all be the same."""
+        return 1 if self.greedy else self.drafts
+
 
 # Sorting all 8,192 scores takes longer than the whole nano model; the best few nearly always hold
 # enough, and where they don't, everything is sorted after all.
@@ -207,8 +212,7 @@ def generate(
     cache.truncate(min(cache.length, len(ids) - 1))
     if generator is None:
         generator = make_generator(sampling.seed, model.device)
-    several = sampling.drafts > 1 and not sampling.greedy  # greedy drafts are all the same
-    decode = _decode_drafts if several else _decode
+    decode = _decode_drafts if sampling.side_by_side > 1 else _decode
     return decode(model, ids, sampling, stop, cache, generator, min(sampling.max_tokens, room))
 
 
@@ -223,18 +227,41 @@ def _decode(
     limit: int,
 ) -> Iterator[int]:
     """The loop of `generate`, after its checks."""
-    reply_1T = torch.zeros(1, limit, dtype=torch.long, device=model.device)
     unread_1T = torch.tensor([ids[cache.length :]], device=model.device)
-    for step in range(limit):
-        logits_1V = next_logits(model, unread_1T, cache)
-        history_1T = reply_1T[:, :step] if step else None
-        chosen_1 = sample(logits_1V, sampling, history_BT=history_1T, generator=generator)
-        token = int(chosen_1)
-        if token in stop:
+    logits_1V = next_logits(model, unread_1T, cache)
+    for _, drawn in _draw(model, logits_1V, sampling, stop, cache, generator, limit):
+        if drawn[0] in stop:
             return
-        yield token
-        reply_1T[:, step] = chosen_1
-        unread_1T = chosen_1[:, None]
+        yield drawn[0]
+
+
+def _draw(
+    model: GPT,
+    logits_BV: Tensor,
+    sampling: Sampling,
+    stop: Collection[int],
+    cache: KVCache,
+    generator: torch.Generator,
+    limit: int,
+) -> Iterator[tuple[Tensor, dict[int, int]]]:
+    """Draw a token for each row and step, from the scores of the first on.
+
+    Yields the scores, and the token of each row that has not stopped before. Ends when all have, or
+    after `limit` steps; the last token of a row is drawn but never read.
+    """
+    drawn_BT = torch.zeros(len(logits_BV), limit, dtype=torch.long, device=model.device)
+    running = set(range(len(logits_BV)))
+    for step in range(limit):
+        if step:
+            logits_BV = next_logits(model, drawn_BT[:, step - 1 : step], cache)
+        history_BT = drawn_BT[:, :step] if step else None
+        chosen_B = sample(logits_BV, sampling, history_BT=history_BT, generator=generator)
+        drawn_BT[:, step] = chosen_B
+        drawn = {row: token for row, token in enumerate(chosen_B.tolist()) if row in running}
+        yield logits_BV, drawn
+        running -= {row for row, token in drawn.items() if token in stop}
+        if not running:
+            return
 
 
 def rewind(cache: KVCache, held: Sequence[int], ids: Sequence[int]) -> int:
@@ -314,25 +341,12 @@ def _decode_batch(
         starts_B1 = torch.tensor(padding, device=model.device)[:, None]
         segments_BT = (torch.arange(longest, device=model.device) >= starts_B1).long()
     # 2. one token a row and step, until every row has stopped
-    reply_BT = torch.full((len(prompts), limit), pad_id, dtype=torch.long, device=model.device)
+    logits_BV = next_logits(model, unread_BT, cache, segments_BT)
     replies: list[list[int]] = [[] for _ in prompts]
-    running = set(range(len(prompts)))
-    for step in range(limit):
-        logits_BV = next_logits(model, unread_BT, cache, segments_BT)
-        history_BT = reply_BT[:, :step] if step else None
-        chosen_B = sample(logits_BV, sampling, history_BT=history_BT, generator=generator)
-        for row, token in enumerate(chosen_B.tolist()):
-            if row not in running:
-                continue
-            if token in stop:
-                running.remove(row)
-                if not keep_stop:
-                    continue
-            replies[row].append(token)
-        if not running:
-            break
-        reply_BT[:, step] = chosen_B
-        unread_BT, segments_BT = chosen_B[:, None], None
+    for _, drawn in _draw(model, logits_BV, sampling, stop, cache, generator, limit):
+        for row, token in drawn.items():
+            if keep_stop or token not in stop:
+                replies[row].append(token)
     return replies
 
 
@@ -347,41 +361,28 @@ def _decode_drafts(
     limit: int,
 ) -> Iterator[int]:
     """The loop of `generate` for several drafts; yields the surest when all are written."""
-    drafts, begin = sampling.drafts, len(ids)
     # 1. read the prompt once, and copy the notes
     unread_1T = torch.tensor([ids[cache.length :]], device=model.device)
-    logits_DV = next_logits(model, unread_1T, cache).expand(drafts, -1)
-    many = cache.copies(drafts, begin + limit)
+    logits_DV = next_logits(model, unread_1T, cache).expand(sampling.drafts, -1)
+    many = cache.copies(sampling.drafts, len(ids) + limit)
     # 2. one token a draft and step, until every draft has stopped
-    replies_DT = torch.zeros(drafts, limit, dtype=torch.long, device=model.device)
-    logprobs_DT = torch.zeros(drafts, limit, device=model.device)
-    lengths = [limit] * drafts
-    running = set(range(drafts))
-    for step in range(limit):
-        if step:
-            logits_DV = next_logits(model, replies_DT[:, step - 1 : step], many)
-        history_DT = replies_DT[:, :step] if step else None
-        chosen_D = sample(logits_DV, sampling, history_BT=history_DT, generator=generator)
-        replies_DT[:, step] = chosen_D
-        logprobs_DT[:, step] = logits_DV.log_softmax(-1).gather(1, chosen_D[:, None])[:, 0]
-        for row, token in enumerate(chosen_D.tolist()):
-            if row in running and token in stop:
-                running.remove(row)
-                lengths[row] = step
-        if not running:
-            break
+    drafts: list[list[int]] = [[] for _ in logits_DV]
+    sure = [0.0 for _ in logits_DV]
+    for scores_DV, drawn in _draw(model, logits_DV, sampling, stop, many, generator, limit):
+        logprobs_DV = scores_DV.log_softmax(-1)
+        for row, token in drawn.items():
+            drafts[row].append(token)
+            sure[row] += float(logprobs_DV[row, token])
     # 3. the surest of those that say something and end by themselves (which counts as a token)
+    ended = [draft[-1] in stop for draft in drafts]
+    replies = [draft[: len(draft) - end] for draft, end in zip(drafts, ended, strict=True)]
     best = max(
-        range(drafts),
-        key=lambda row: (
-            lengths[row] > 0,
-            row not in running,
-            float(logprobs_DT[row, : lengths[row] + 1].mean()),
-        ),
+        range(sampling.drafts),
+        key=lambda row: (bool(replies[row]), ended[row], sure[row] / len(drafts[row])),
     )
     # 4. the notes of the chosen one
-    cache.follow(many, best, min(begin + lengths[best], many.length))
-    yield from replies_DT[best, : lengths[best]].tolist()
+    cache.follow(many, best, min(len(ids) + len(replies[best]), many.length))
+    yield from replies[best]
 
 
 class TextStream:

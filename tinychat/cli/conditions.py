@@ -42,21 +42,11 @@ def with_sure(marks: RewardFunction, gpt: GPT, pieces: Tokenizer, weight: float)
     Of all that chooses among a small chat model's own replies, its own log-probability is the best:
     where it knows a thing, it says it surely (Huang et al. 2024 call this sharpening).
     """
-    import torch
+    from tinychat.reward_model import mean_logprobs
 
-    from tinychat.ppo import PPOConfig, lay_out, reply_logprobs
-
-    config = PPOConfig(precision="bf16")
-
-    @torch.no_grad()
     def rewards(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
-        sure = []
-        for start in range(0, len(prompts), 32):
-            part = slice(start, start + 32)
-            rows = lay_out(prompts[part], replies[part], pieces.pad_id, gpt.device)
-            logprobs_N, _ = reply_logprobs(gpt, *rows, config)
-            sure += [one.mean() for one in logprobs_N.cpu().split([*map(len, replies[part])])]
-        return marks(prompts, replies).cpu() + weight * torch.stack(sure)
+        sure_N = mean_logprobs(gpt, prompts, replies, pieces.pad_id)
+        return marks(prompts, replies).cpu() + weight * sure_N
 
     return rewards
 
@@ -136,7 +126,7 @@ def written_replies(
     prompts: list[list[int]] = []
     replies: list[list[int]] = []
     for dialogue in by_split(corpus.dialogues())["validation"]:
-        prompt = render_prompt(dialogue.messages[:-1], pieces, context=10**6, reserve=0)
+        prompt = render_prompt(dialogue.messages[:-1], pieces)
         reply = [*pieces.encode(dialogue.messages[-1].content), pieces.end_id]
         if len(prompt) + len(reply) <= longest:
             prompts.append(prompt)

@@ -120,10 +120,7 @@ def choose_prompts(
     room = min(LONGEST, min(reads) - max_tokens - 8)
 
     def fits(prompt: Prompt) -> bool:
-        return all(
-            len(render_prompt(prompt, reader, context=10**6, reserve=0)) <= room
-            for reader in readers.values()
-        )
+        return all(len(render_prompt(prompt, reader)) <= room for reader in readers.values())
 
     with screen.status("Choosing prompts that no training has seen ..."):
         return unseen_prompts(count, data_folder(data), seed=seed, fits=fits)

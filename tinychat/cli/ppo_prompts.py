@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinychat.cli.reward_exam import questions
 from tinychat.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def find_prompts(
     found: dict[str, dict[str, list[int]]] = {"train": {}, "validation": {}, "test": {}}
 
     def add(part: str, messages: tuple[Message, ...]) -> None:
-        ids = render_prompt(messages, pieces, context=10**6, reserve=0)  # whole, or not at all
+        ids = render_prompt(messages, pieces)  # whole, or not at all
         if len(ids) <= room:
             found[part][prompt_key(messages)] = ids
 
@@ -49,7 +50,6 @@ def find_prompts(
     for dialogue in by_split(corpus.basics())["train"][: len(corpus.dialogues())]:
         for prompt in prompts_of(dialogue):
             add("train", prompt)
-    own = len(found["train"])
     for one in checked.values():
         add("train", one.messages[:1])
     own = len(found["train"])
@@ -78,13 +78,7 @@ def find_prompts(
 
 def checked_prompts(facts: Facts, pieces: Tokenizer, room: int) -> dict[tuple[int, ...], Dialogue]:
     """The prompts whose answer a rule can check, and where each comes from."""
-    from tinychat.dialogue import render_prompt
-
-    found = (
-        (render_prompt(one.messages[:1], pieces, context=10**6, reserve=0), one)
-        for one in facts.asked
-    )
-    return {tuple(ids): one for ids, one in found if len(ids) <= room}
+    return {tuple(ids): one for one, ids in questions(facts.asked, pieces, room)}
 
 
 def unseen_batches(pieces: Tokenizer, context: int) -> Iterator[Any]:

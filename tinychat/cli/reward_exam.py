@@ -38,15 +38,10 @@ class Answers(NamedTuple):
 
 def answers(chat: GPT, pieces: Tokenizer, facts: Facts, seed: int = 0) -> Iterator[Answers]:
     """Let `chat` answer the first `QUESTIONS` of `facts` that leave room for an answer."""
-    from tinychat.dialogue import render_prompt
     from tinychat.generation import make_generator, stop_ids
     from tinychat.ppo import PPOConfig, sample_replies
 
-    asked = [
-        (one, render_prompt(one.messages[:1], pieces, context=10**6, reserve=0))
-        for one in facts.asked[:QUESTIONS]
-    ]
-    asked = [(one, ids) for one, ids in asked if len(ids) + ANSWER <= chat.config.context]
+    asked = questions(facts.asked[:QUESTIONS], pieces, chat.config.context - ANSWER)
     config = PPOConfig(max_tokens=ANSWER, temperature=TEMPERATURE)
     dice = make_generator(seed, chat.device)
     for start in range(0, len(asked), 16):
@@ -67,6 +62,16 @@ def answers(chat: GPT, pieces: Tokenizer, facts: Facts, seed: int = 0) -> Iterat
                 for (one, _), reply in zip(part, replies, strict=True)
             ],
         )
+
+
+def questions(
+    asked: Iterable[Dialogue], pieces: Tokenizer, room: int
+) -> list[tuple[Dialogue, list[int]]]:
+    """The conversations whose first question is at most `room` tokens long, and the question."""
+    from tinychat.dialogue import render_prompt
+
+    found = ((one, render_prompt(one.messages[:1], pieces)) for one in asked)
+    return [(one, ids) for one, ids in found if len(ids) <= room]
 
 
 def right_share(chat: GPT, pieces: Tokenizer, facts: Facts, seed: int = 0) -> float:

@@ -211,7 +211,7 @@ class ChatSession:
                 first=first,
                 final=final,
                 seconds=perf_counter() - started,
-                drafts=1 if self.sampling.greedy else self.sampling.drafts,
+                drafts=self.sampling.side_by_side,
             )
 
     def _opened(self, begun: str) -> list[int]:

@@ -171,8 +171,9 @@ def ppo(
         if model
     )
     room = min(PROMPT_TOKENS, reads - config.max_tokens)
-    known = Facts(by_split(corpus.basics())["train"])
-    checked = checked_prompts(known, pieces, room) if record.get("facts") else {}
+    basics = by_split(corpus.basics())
+    known = Facts(basics["train"] if record.get("facts") else ())
+    checked = checked_prompts(known, pieces, room)
     prompts, held_out, sources = find_prompts(data, pieces, room, checked)
     if not resume:
         kept = {"set": chosen, "minutes": minutes, "data": str(data) if data else None}
@@ -190,10 +191,11 @@ def ppo(
     # 2. The same held-out prompts and the same dice, before and after.
     from tinychat.generation import make_generator, stop_ids
 
-    marker, reference = marker.to(place), reference.to(place)
+    reference = reference.to(place)
+    marked = marks_of(marker.to(place))
 
     def weighted(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
-        return record.get("marks", 1.0) * marks_of(marker)(prompts, replies).cpu()
+        return record.get("marks", 1.0) * marked(prompts, replies).cpu()
 
     rewards: RewardFunction = weighted
     if record.get("sure"):
@@ -204,7 +206,7 @@ def ppo(
         rewards = with_rules(rewards, pieces, record["rules"])
     if checked:
         rewards = with_facts(rewards, pieces, known, checked, record["facts"])
-    unseen_facts = Facts(by_split(corpus.basics())["validation"])
+    unseen_facts = Facts(basics["validation"])
     tokens: dict[str, Any] = {"stop": stop_ids(pieces), "end": pieces.end_id, "pad": pieces.pad_id}
 
     def measure(gpt: GPT) -> tuple[list[list[int]], list[float], dict[str, float]]:

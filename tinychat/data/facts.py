@@ -59,9 +59,7 @@ def is_right(question: str, written: str, reply: str, *, counted: bool = False) 
     ant?"), the same one must be named first. Of a `counted` answer the numbers alone matter.
     """
     wanted, said = _first_sentence(written), _first_sentence(reply)
-    if (wanted[:1] in (["yes"], ["no"]) or said[:1] in (["yes"], ["no"])) and wanted[:1] != said[
-        :1
-    ]:
+    if {"yes", "no"} & {*wanted[:1], *said[:1]} and wanted[:1] != said[:1]:
         return False
     if counted and (numbers := _numbers(wanted) - _numbers(words(question))):
         its_numbers = _numbers(said) - _numbers(words(question))
