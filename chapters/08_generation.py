@@ -31,6 +31,7 @@ import codecs
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -793,7 +794,9 @@ assert again == list(generate(model, longer, Sampling(temperature=0, max_tokens=
 # all rows. Prompts have different lengths, though, and the newest token must be in the same column
 # for every row. So the short ones are filled up on the *left*, and the filling gets a segment of its
 # own that no real token looks at (chapter 06). That the tokens of a short prompt now stand further to
-# the right does no harm: rotary positions only know distances (chapter 04).
+# the right does no harm: rotary positions only know distances (chapter 04). Each row writes a `Draft`:
+# its tokens, and how likely they were. What several drafts of *one* reply are good for is the next
+# section.
 
 
 # %% tags=["export"]
@@ -813,7 +816,8 @@ def generate_batch(
 
     Prompts of similar length share a batch of at most `rows`. The shorter ones are padded on the
     left in a segment of their own that no real token looks at. `keep_stop` leaves the token that
-    ended a reply at its end. A row stops early when the longest of its batch fills the context.
+    ended a reply at its end. A row stops early when the longest of its batch fills the context. Of
+    several `sampling.drafts`, each a row of its own, the surest is returned.
     """
     if not all(prompts):
         raise ConfigError("A prompt is empty; give the model at least one token to go on from.")
@@ -821,13 +825,60 @@ def generate_batch(
         generator = make_generator(sampling.seed, model.device)
     replies: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    for start in range(0, len(order), rows):
-        numbers = order[start : start + rows]
-        group = [prompts[number] for number in numbers]
-        found = _decode_batch(model, group, sampling, stop, keep_stop, pad_id, generator)
-        for number, reply in zip(numbers, found, strict=True):
-            replies[number] = reply
+    drafts = sampling.side_by_side
+    together = max(1, rows // drafts)
+    for start in range(0, len(order), together):
+        numbers = order[start : start + together]
+        group = [prompts[number] for number in numbers for _ in range(drafts)]
+        found = _decode_batch(model, group, sampling, stop, pad_id, generator)
+        for place, number in enumerate(numbers):
+            said = surest(found[place * drafts : (place + 1) * drafts], stop)
+            replies[number] = said.tokens if keep_stop else said.body(stop)
     return replies
+
+
+class Draft(NamedTuple):
+    """A reply that may be said, with the token that ended it, and the sum of its log-probs."""
+
+    tokens: list[int]
+    logprob: float
+
+    def body(self, stop: Collection[int]) -> list[int]:
+        """The tokens without the one that ended it."""
+        return self.tokens[:-1] if self.tokens[-1] in stop else self.tokens
+
+
+def surest(drafts: Sequence[Draft], stop: Collection[int]) -> Draft:
+    """The likeliest a token, of those that say something and end by themselves, if any do."""
+    return max(
+        drafts,
+        key=lambda one: (
+            one.tokens[0] not in stop,
+            one.tokens[-1] in stop,
+            one.logprob / len(one.tokens),
+        ),
+    )
+
+
+def _write(
+    model: GPT,
+    logits_BV: Tensor,
+    sampling: Sampling,
+    stop: Collection[int],
+    cache: KVCache,
+    generator: torch.Generator,
+    limit: int,
+) -> list[Draft]:
+    """Draw each row to its end, from the scores of the first token on."""
+    tokens: list[list[int]] = [[] for _ in logits_BV]
+    logprobs = [0.0 for _ in logits_BV]
+    for scores_BV, drawn in _draw(model, logits_BV, sampling, stop, cache, generator, limit):
+        rows, chosen = list(drawn), list(drawn.values())
+        sure = scores_BV[rows, chosen] - scores_BV[rows].logsumexp(-1)
+        for row, token, logprob in zip(rows, chosen, sure.tolist(), strict=True):
+            tokens[row].append(token)
+            logprobs[row] += logprob
+    return [Draft(*one) for one in zip(tokens, logprobs, strict=True)]
 
 
 def _decode_batch(
@@ -835,10 +886,9 @@ def _decode_batch(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stop: Collection[int],
-    keep_stop: bool,
     pad_id: int,
     generator: torch.Generator,
-) -> list[list[int]]:
+) -> list[Draft]:
     """One batch of `generate_batch`."""
     longest = max(len(prompt) for prompt in prompts)
     cache = model.new_cache(len(prompts), longest + sampling.max_tokens)
@@ -860,12 +910,7 @@ def _decode_batch(
         segments_BT = (torch.arange(longest, device=model.device) >= starts_B1).long()
     # 2. one token a row and step, until every row has stopped
     logits_BV = next_logits(model, unread_BT, cache, segments_BT)
-    replies: list[list[int]] = [[] for _ in prompts]
-    for _, drawn in _draw(model, logits_BV, sampling, stop, cache, generator, limit):
-        for row, token in drawn.items():
-            if keep_stop or token not in stop:
-                replies[row].append(token)
-    return replies
+    return _write(model, logits_BV, sampling, stop, cache, generator, limit)
 
 
 # %%
@@ -919,23 +964,12 @@ def _decode_drafts(
     logits_DV = next_logits(model, unread_1T, cache).expand(sampling.drafts, -1)
     many = cache.copies(sampling.drafts, len(ids) + limit)
     # 2. one token a draft and step, until every draft has stopped
-    drafts: list[list[int]] = [[] for _ in logits_DV]
-    sure = [0.0 for _ in logits_DV]
-    for scores_DV, drawn in _draw(model, logits_DV, sampling, stop, many, generator, limit):
-        logprobs_DV = scores_DV.log_softmax(-1)
-        for row, token in drawn.items():
-            drafts[row].append(token)
-            sure[row] += float(logprobs_DV[row, token])
-    # 3. the surest of those that say something and end by themselves (which counts as a token)
-    ended = [draft[-1] in stop for draft in drafts]
-    replies = [draft[: len(draft) - end] for draft, end in zip(drafts, ended, strict=True)]
-    best = max(
-        range(sampling.drafts),
-        key=lambda row: (bool(replies[row]), ended[row], sure[row] / len(drafts[row])),
-    )
-    # 4. the notes of the chosen one
-    cache.follow(many, best, min(len(ids) + len(replies[best]), many.length))
-    yield from replies[best]
+    drafts = _write(model, logits_DV, sampling, stop, many, generator, limit)
+    said = surest(drafts, stop)
+    # 3. the notes of the chosen one
+    reply = said.body(stop)
+    cache.follow(many, drafts.index(said), min(len(ids) + len(reply), many.length))
+    yield from reply
 
 
 # %% [markdown]

@@ -1,5 +1,6 @@
 """Small stand-ins with the interfaces of GPT, KVCache and Tokenizer, for tests without weights."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
@@ -136,6 +137,23 @@ class UniformGPT(FakeGPT):
 
     def scores(self, ids: list[int]) -> Tensor:
         return torch.zeros(self.config.vocab_size)
+
+
+class Fork(FakeGPT):
+    """Chances of the next token: `first` after `<|assistant|>`, then what each one leads to.
+
+    A token that `then` does not name leads to `<|end|>`.
+    """
+
+    def __init__(self, first: dict[int, float], then: dict[int, dict[int, float]]):
+        super().__init__()
+        self._then = {ByteTokenizer.assistant_id: first, **then}
+
+    def scores(self, ids: list[int]) -> Tensor:
+        logits_V = torch.full((self.config.vocab_size,), -1e4)
+        for token, chance in self._then.get(ids[-1], {ByteTokenizer.end_id: 1.0}).items():
+            logits_V[token] = math.log(chance)
+        return logits_V
 
 
 class ScriptedGPT(FakeGPT):

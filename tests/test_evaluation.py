@@ -12,7 +12,7 @@ import fakes
 import numpy as np
 import pytest
 import torch
-from fakes import ByteTokenizer, ScriptedGPT
+from fakes import ByteTokenizer, Fork, ScriptedGPT
 
 from tinychat.data import corpus, unseen
 from tinychat.data.preferences import by_part, corpus_ranked, prompt_key
@@ -227,6 +227,16 @@ def test_broken_rules_are_shares():
     answers = [Answer("", (), True), Answer("fine", (1,), False), Answer("good", (1,), True)]
     found = broken_rules(PROMPTS, answers)
     assert found["empty"] == found["unfinished"] == 1 / 3 and found["echo"] == 0
+
+
+def test_drafts_are_judged_when_they_are_whole():
+    wheel, length = 20, FIRST + 10
+    row = {30 + n: {31 + n: 1.0} for n in range(length - 1)}  # its last token ends the reply
+    model = Fork({wheel: 0.9, 30: 0.1}, {wheel: {wheel: 1.0}, **row})
+    sampling = Sampling(temperature=1, top_p=1, drafts=64, max_tokens=length + 9, seed=1)
+    (answer,) = answer_all(model, TOKENIZER, PROMPTS[:1], sampling)
+    # After FIRST tokens the wheel, which turns for ever, is the surer one.
+    assert answer.ended and answer.tokens == tuple(range(30, 30 + length))
 
 
 # Distance and surprise

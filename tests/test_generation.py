@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fakes import ByteTokenizer, FakeCache, ScriptedGPT, UniformGPT
+from fakes import ByteTokenizer, FakeCache, Fork, ScriptedGPT, UniformGPT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -288,21 +288,6 @@ def test_a_strong_penalty_stops_loops():
 A, B, END, ASK = 20, 21, TOKENIZER.end_id, [TOKENIZER.assistant_id]
 
 
-class Fork(UniformGPT):
-    """After the opening it follows `first`; then what each token of `then` leads to."""
-
-    def __init__(self, first: dict[int, float], then: dict[int, dict[int, float]]):
-        super().__init__()
-        self.first, self.then = first, then
-
-    def scores(self, ids):
-        chances = self.first if ids[-1] == ASK[0] else self.then.get(ids[-1], {END: 1.0})
-        logits_V = torch.full((self.config.vocab_size,), -1e4)
-        for token, chance in chances.items():
-            logits_V[token] = math.log(chance)
-        return logits_V
-
-
 @pytest.mark.parametrize(
     ("first", "then", "said"),
     [
@@ -319,8 +304,14 @@ class Fork(UniformGPT):
 )
 def test_the_surest_draft_is_said(first, then, said):
     sampling = Sampling(temperature=1, top_p=1, drafts=64, max_tokens=6, seed=1)
-    found = list(generate(Fork(first, then), ASK, sampling, stop={END}))
-    assert found == said
+    model = Fork(first, then)
+    assert list(generate(model, ASK, sampling, stop={END})) == said
+    # In a batch each prompt has its own drafts, and prompts of another length don't matter.
+    batch = generate_batch(model, [ASK, ASK * 3, ASK], sampling, stop={END}, rows=128)
+    assert batch == [said] * 3
+    ended = said != [A] * 6
+    kept = generate_batch(model, [ASK], sampling, stop={END}, keep_stop=True)
+    assert kept == [said + [END] * ended]
 
 
 def test_greedy_needs_no_drafts():

@@ -82,7 +82,8 @@ def answer_all(
     """Let a model reply to each prompt; the same dice for every model that is asked.
 
     Most replies are short. So all are written up to `FIRST` tokens, and then the few that have not
-    ended go on by themselves: the long ones don't keep the others waiting.
+    ended go on by themselves: the long ones don't keep the others waiting. Of several drafts, which
+    are judged when they are whole, each is written in one go.
     """
     asked = [
         render_prompt(p, tokenizer, context=model.config.context, reserve=sampling.max_tokens)
@@ -91,7 +92,8 @@ def answer_all(
     stop, dice = stop_ids(tokenizer), make_generator(sampling.seed, model.device)
     replies: list[list[int]] = [[] for _ in asked]
     unfinished, begin = list(range(len(asked))), 0
-    for limit in (min(FIRST, sampling.max_tokens), sampling.max_tokens):
+    first = sampling.max_tokens if sampling.side_by_side > 1 else min(FIRST, sampling.max_tokens)
+    for limit in (first, sampling.max_tokens):
         if not unfinished or limit == begin:
             break
         found = generate_batch(

@@ -75,6 +75,13 @@ def evaluate(
     temperature: Annotated[float, typer.Option(metavar="X", help="Of the replies.")] = 0.5,
     top_p: Annotated[float, typer.Option(metavar="X", help="Of the replies; 1 is off.")] = 0.95,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Longest reply in tokens.")] = 200,
+    drafts: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Replies drawn to each prompt, of which the surest counts; the chat draws 8.",
+        ),
+    ] = 1,
     brief: Annotated[
         bool, typer.Option("--brief", help="Only replies, win rates and KL: no texts, no probes.")
     ] = False,
@@ -138,7 +145,9 @@ def evaluate(
             raise ConfigError(f"{path} is a folder; name a file in it.")
     if pairs and pairs.exists():
         raise ConfigError(f"{pairs} exists, perhaps with verdicts in it; name another file.")
-    sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    sampling = Sampling(
+        temperature=temperature, top_p=top_p, max_tokens=max_tokens, drafts=drafts, seed=seed
+    )
     infos = find_models(models)
     judge_info = find_judge(judge, infos.values()) if judge else None
     teacher_info = find_teacher(reward, judge_info) if reward else None
