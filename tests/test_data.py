@@ -76,9 +76,21 @@ def test_the_basics_repeat_themselves_in_other_words_only():
     assert len(kinds) >= 50 and max(kinds.values()) < 0.1 * len(asked)
 
 
+def test_what_the_basics_hold_out_is_asked_in_words_that_they_do_not_train_on():
+    parts: dict[str, set[str]] = {}
+    for one in corpus.basics():
+        parts.setdefault(prompt_key(one.messages[:1]), set()).add(split_of(one.id))
+    assert max(map(len, parts.values())) == 1
+
+
 def test_the_basics_hold_none_of_the_questions_that_models_are_measured_with():
-    reading = Path(__file__).parent / "reading" / "prompts.txt"
-    measured = {prompt_key([Message("user", line)]) for line in reading.read_text().splitlines()}
+    reading = Path(__file__).parent / "reading"
+    lines = [
+        line
+        for name in ("prompts.txt", "newcomers.txt")
+        for line in (reading / name).read_text().splitlines()
+    ]
+    measured = {prompt_key([Message("user", line)]) for line in lines}
     measured |= {prompt_key([Message("user", probe.prompt)]) for probe in probes()}
     for one in corpus.basics():
         for message in one.messages:

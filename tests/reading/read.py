@@ -3,8 +3,8 @@
     python tests/reading/read.py CKPT [--seed 0] [--temperature 0.5] [--drafts 8] [--prompts FILE]
 
 A person judges them; the verdicts go into chapters/lab_notes.md. prompts.txt holds what no
-training text may ask; strangers.txt was written by somebody who knew neither the texts nor the
-model. Prompts that a training conversation opens with, word for word, are marked.
+training text may ask; strangers.txt and newcomers.txt were written by two people who knew neither
+texts nor model. Prompts that a training conversation opens with, word for word, are marked.
 """
 
 import argparse
