@@ -572,8 +572,7 @@ def generate(
     cache.truncate(min(cache.length, len(ids) - 1))
     if generator is None:
         generator = make_generator(sampling.seed, model.device)
-    decode = _decode_drafts if sampling.side_by_side > 1 else _decode
-    return decode(model, ids, sampling, stop, cache, generator, min(sampling.max_tokens, room))
+    return _decode(model, ids, sampling, stop, cache, generator, min(sampling.max_tokens, room))
 
 
 @torch.inference_mode()
@@ -589,6 +588,9 @@ def _decode(
     """The loop of `generate`, after its checks."""
     unread_1T = torch.tensor([ids[cache.length :]], device=model.device)
     logits_1V = next_logits(model, unread_1T, cache)
+    if sampling.side_by_side > 1:
+        yield from _draft(model, logits_1V, sampling, stop, cache, generator, limit)
+        return
     for _, drawn in _draw(model, logits_1V, sampling, stop, cache, generator, limit):
         if drawn[0] in stop:
             return
@@ -874,7 +876,7 @@ def _write(
     logprobs = [0.0 for _ in logits_BV]
     for scores_BV, drawn in _draw(model, logits_BV, sampling, stop, cache, generator, limit):
         rows, chosen = list(drawn), list(drawn.values())
-        sure = scores_BV[rows, chosen] - scores_BV[rows].logsumexp(-1)
+        sure = scores_BV[rows, chosen] - scores_BV.logsumexp(-1)[rows]
         for row, token, logprob in zip(rows, chosen, sure.tolist(), strict=True):
             tokens[row].append(token)
             logprobs[row] += logprob
@@ -948,28 +950,27 @@ print(f"{same} of {len(prompts)} replies are the same, token for token")
 
 
 # %% tags=["export"]
-@torch.inference_mode()
-def _decode_drafts(
+def _draft(
     model: GPT,
-    ids: Sequence[int],
+    logits_1V: Tensor,
     sampling: Sampling,
     stop: Collection[int],
     cache: KVCache,
     generator: torch.Generator,
     limit: int,
-) -> Iterator[int]:
-    """The loop of `generate` for several drafts; yields the surest when all are written."""
-    # 1. read the prompt once, and copy the notes
-    unread_1T = torch.tensor([ids[cache.length :]], device=model.device)
-    logits_DV = next_logits(model, unread_1T, cache).expand(sampling.drafts, -1)
-    many = cache.copies(sampling.drafts, len(ids) + limit)
+) -> list[int]:
+    """Return the surest of several drafts, from the scores of the first token on."""
+    # 1. the prompt has been read: copy the notes
+    begin = cache.length
+    many = cache.copies(sampling.drafts, begin + limit)
     # 2. one token a draft and step, until every draft has stopped
+    logits_DV = logits_1V.expand(sampling.drafts, -1)
     drafts = _write(model, logits_DV, sampling, stop, many, generator, limit)
     said = surest(drafts, stop)
     # 3. the notes of the chosen one
     reply = said.body(stop)
-    cache.follow(many, drafts.index(said), min(len(ids) + len(reply), many.length))
-    yield from reply
+    cache.follow(many, drafts.index(said), min(begin + len(reply), many.length))
+    return reply
 
 
 # %% [markdown]

@@ -1,4 +1,4 @@
-"""Print a chat model's replies to fifty prompts, for reading.
+"""Print a chat model's replies to a list of prompts, for reading.
 
     python tests/reading/read.py CKPT [--seed 0] [--temperature 0.5] [--drafts 8] [--prompts FILE]
 

@@ -50,8 +50,8 @@ def find_prompts(
     for dialogue in by_split(corpus.basics())["train"][: len(corpus.dialogues())]:
         for prompt in prompts_of(dialogue):
             add("train", prompt)
-    for one in checked.values():
-        add("train", one.messages[:1])
+    for ids, one in checked.items():  # they are tokens already
+        found["train"][prompt_key(one.messages[:1])] = list(ids)
     own = len(found["train"])
     sources["basics"] = {"licence": "CC0-1.0", "prompts": own - sources["dialogues"]["prompts"]}
     if folder := data_folder(data):
