@@ -20,7 +20,7 @@
 # 1. **choosing**: greedy, temperature, top-k, top-p, min-p and a penalty for repeating;
 # 2. **remembering**: the KV cache, which makes a reply many times cheaper, and what it takes;
 # 3. **many replies at once**, for judging a model and for reinforcement learning, and several
-#    **drafts** of one reply, of which the surest is said;
+#    **drafts** of each sentence, of which the surest is said;
 # 4. **streaming**: from tokens to bytes to characters, without ever showing half an emoji.
 #
 # **What you need:** chapters 03 (tokens and bytes), 05 (keys and values) and 06 (the network). The
@@ -29,8 +29,10 @@
 # %% tags=["export"]
 import codecs
 import math
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -546,17 +548,19 @@ def generate(
     sampling: Sampling,
     *,
     stop: Collection[int] = (),
+    pauses: Collection[int] = (),
+    keep_stop: bool = False,
     cache: KVCache | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
     """Yield the tokens of one reply to `ids`, each as soon as it is chosen.
 
-    With several `sampling.drafts`, all at once, when the drafts are written. Ends before a token of
-    `stop` (which is not yielded), after `max_tokens`, or when prompt and reply fill the cache. A
-    `cache` may hold a beginning of `ids` from earlier turns: only the rest is read (Pope et al.
-    2022); `rewind` makes sure that it is one. Afterwards it holds the prompt and the reply up to
-    the last token but one. Raises ConfigError at once when the prompt is empty or leaves no room
-    for a reply.
+    Several `sampling.drafts` are compared at every token of `pauses` (see `sentence_ends`), and
+    what the surest of them says comes at once. Ends before a token of `stop` (which is yielded only
+    with `keep_stop`), after `max_tokens`, or when prompt and reply fill the cache. A `cache` may
+    hold a beginning of `ids` from earlier turns: only the rest is read (Pope et al. 2022); `rewind`
+    makes sure that it is one. Afterwards it holds the prompt and the reply up to the last token but
+    one. Raises ConfigError at once when the prompt is empty or leaves no room for a reply.
     """
     if not ids:
         raise ConfigError("The prompt is empty; give the model at least one token to go on from.")
@@ -572,7 +576,9 @@ def generate(
     cache.truncate(min(cache.length, len(ids) - 1))
     if generator is None:
         generator = make_generator(sampling.seed, model.device)
-    return _decode(model, ids, sampling, stop, cache, generator, min(sampling.max_tokens, room))
+    limit = min(sampling.max_tokens, room)
+    reply = _decode(model, ids, sampling, stop, pauses, cache, generator, limit)
+    return reply if keep_stop else takewhile(lambda token: token not in stop, reply)
 
 
 @torch.inference_mode()
@@ -581,19 +587,18 @@ def _decode(
     ids: Sequence[int],
     sampling: Sampling,
     stop: Collection[int],
+    pauses: Collection[int],
     cache: KVCache,
     generator: torch.Generator,
     limit: int,
 ) -> Iterator[int]:
-    """The loop of `generate`, after its checks."""
+    """The loop of `generate`, after its checks; the token that ends the reply comes, too."""
     unread_1T = torch.tensor([ids[cache.length :]], device=model.device)
     logits_1V = next_logits(model, unread_1T, cache)
     if sampling.side_by_side > 1:
-        yield from _draft(model, logits_1V, sampling, stop, cache, generator, limit)
+        yield from _draft(model, logits_1V, sampling, stop, pauses, cache, generator, limit)
         return
     for _, drawn in _draw(model, logits_1V, sampling, stop, cache, generator, limit):
-        if drawn[0] in stop:
-            return
         yield drawn[0]
 
 
@@ -605,16 +610,19 @@ def _draw(
     cache: KVCache,
     generator: torch.Generator,
     limit: int,
+    begun: Sequence[int] = (),
 ) -> Iterator[tuple[Tensor, dict[int, int]]]:
     """Draw a token for each row and step, from the scores of the first on.
 
     Yields the scores, and the token of each row that has not stopped before. Ends when all have, or
-    after `limit` steps; the last token of a row is drawn but never read.
+    after `limit` steps; the last token of a row is drawn but never read. `begun` is what a reply
+    that goes on said before: a penalty for repeating counts it.
     """
-    drawn_BT = torch.zeros(len(logits_BV), limit, dtype=torch.long, device=model.device)
+    begun_BT = torch.tensor([begun], dtype=torch.long).expand(len(logits_BV), -1)
+    drawn_BT = F.pad(begun_BT, (0, limit)).to(model.device)
     running = set(range(len(logits_BV)))
-    for step in range(limit):
-        if step:
+    for step in range(len(begun), len(begun) + limit):
+        if step > len(begun):
             logits_BV = next_logits(model, drawn_BT[:, step - 1 : step], cache)
         history_BT = drawn_BT[:, :step] if step else None
         chosen_B = sample(logits_BV, sampling, history_BT=history_BT, generator=generator)
@@ -796,9 +804,7 @@ assert again == list(generate(model, longer, Sampling(temperature=0, max_tokens=
 # all rows. Prompts have different lengths, though, and the newest token must be in the same column
 # for every row. So the short ones are filled up on the *left*, and the filling gets a segment of its
 # own that no real token looks at (chapter 06). That the tokens of a short prompt now stand further to
-# the right does no harm: rotary positions only know distances (chapter 04). Each row writes a `Draft`:
-# its tokens, and how likely they were. What several drafts of *one* reply are good for is the next
-# section.
+# the right does no harm: rotary positions only know distances (chapter 04).
 
 
 # %% tags=["export"]
@@ -809,6 +815,7 @@ def generate_batch(
     sampling: Sampling,
     *,
     stop: Collection[int] = (),
+    pauses: Collection[int] = (),
     keep_stop: bool = False,
     rows: int = 32,
     pad_id: int = 0,
@@ -818,69 +825,38 @@ def generate_batch(
 
     Prompts of similar length share a batch of at most `rows`. The shorter ones are padded on the
     left in a segment of their own that no real token looks at. `keep_stop` leaves the token that
-    ended a reply at its end. A row stops early when the longest of its batch fills the context. Of
-    several `sampling.drafts`, each a row of its own, the surest is returned.
+    ended a reply at its end. A row stops early when the longest of its batch fills the context.
+    Replies with several `sampling.drafts`, compared at `pauses`, are written one after another:
+    their drafts are a batch already.
     """
     if not all(prompts):
         raise ConfigError("A prompt is empty; give the model at least one token to go on from.")
     if generator is None:
         generator = make_generator(sampling.seed, model.device)
-    replies: list[list[int]] = [[] for _ in prompts]
+    replies: list[list[int]] = []
+    if sampling.side_by_side > 1:
+        for prompt in prompts:
+            said = generate(
+                model,
+                prompt,
+                sampling,
+                stop=stop,
+                pauses=pauses,
+                keep_stop=keep_stop,
+                generator=generator,
+            )
+            replies.append(list(said))
+        return replies
+    replies = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    drafts = sampling.side_by_side
-    together = max(1, rows // drafts)
-    for start in range(0, len(order), together):
-        numbers = order[start : start + together]
-        group = [prompts[number] for number in numbers for _ in range(drafts)]
+    for start in range(0, len(order), rows):
+        numbers = order[start : start + rows]
+        group = [prompts[number] for number in numbers]
         found = _decode_batch(model, group, sampling, stop, pad_id, generator)
-        for place, number in enumerate(numbers):
-            said = surest(found[place * drafts : (place + 1) * drafts], stop)
-            replies[number] = said.tokens if keep_stop else said.body(stop)
+        for number, reply in zip(numbers, found, strict=True):
+            ended = reply[-1] in stop and not keep_stop
+            replies[number] = reply[:-1] if ended else reply
     return replies
-
-
-class Draft(NamedTuple):
-    """A reply that may be said, with the token that ended it, and the sum of its log-probs."""
-
-    tokens: list[int]
-    logprob: float
-
-    def body(self, stop: Collection[int]) -> list[int]:
-        """The tokens without the one that ended it."""
-        return self.tokens[:-1] if self.tokens[-1] in stop else self.tokens
-
-
-def surest(drafts: Sequence[Draft], stop: Collection[int]) -> Draft:
-    """The likeliest a token, of those that say something and end by themselves, if any do."""
-    return max(
-        drafts,
-        key=lambda one: (
-            one.tokens[0] not in stop,
-            one.tokens[-1] in stop,
-            one.logprob / len(one.tokens),
-        ),
-    )
-
-
-def _write(
-    model: GPT,
-    logits_BV: Tensor,
-    sampling: Sampling,
-    stop: Collection[int],
-    cache: KVCache,
-    generator: torch.Generator,
-    limit: int,
-) -> list[Draft]:
-    """Draw each row to its end, from the scores of the first token on."""
-    tokens: list[list[int]] = [[] for _ in logits_BV]
-    logprobs = [0.0 for _ in logits_BV]
-    for scores_BV, drawn in _draw(model, logits_BV, sampling, stop, cache, generator, limit):
-        rows, chosen = list(drawn), list(drawn.values())
-        sure = scores_BV[rows, chosen] - scores_BV.logsumexp(-1)[rows]
-        for row, token, logprob in zip(rows, chosen, sure.tolist(), strict=True):
-            tokens[row].append(token)
-            logprobs[row] += logprob
-    return [Draft(*one) for one in zip(tokens, logprobs, strict=True)]
 
 
 def _decode_batch(
@@ -890,7 +866,7 @@ def _decode_batch(
     stop: Collection[int],
     pad_id: int,
     generator: torch.Generator,
-) -> list[Draft]:
+) -> list[list[int]]:
     """One batch of `generate_batch`."""
     longest = max(len(prompt) for prompt in prompts)
     cache = model.new_cache(len(prompts), longest + sampling.max_tokens)
@@ -912,7 +888,11 @@ def _decode_batch(
         segments_BT = (torch.arange(longest, device=model.device) >= starts_B1).long()
     # 2. one token a row and step, until every row has stopped
     logits_BV = next_logits(model, unread_BT, cache, segments_BT)
-    return _write(model, logits_BV, sampling, stop, cache, generator, limit)
+    replies: list[list[int]] = [[] for _ in prompts]
+    for _, drawn in _draw(model, logits_BV, sampling, stop, cache, generator, limit):
+        for row, token in drawn.items():
+            replies[row].append(token)
+    return replies
 
 
 # %%
@@ -938,43 +918,102 @@ print(f"{same} of {len(prompts)} replies are the same, token for token")
 #
 # A reply goes wrong at one unlucky draw, and from then on the model writes to fit its own mistake. Cold
 # dice avoid that, but only one token ahead. A better way costs little when a batch is nearly as fast as
-# a single reply: draw several whole **drafts** side by side, and say the one that the model holds for
-# the likeliest. Google's Meena did it with twenty and called it **sample-and-rank** (Adiwardana et al.
-# 2020). Two details matter. A product of probabilities falls with every token, so a sum of their
-# logarithms would always choose the shortest draft: we take the *mean* a token. And a draft that circles
-# in a loop is very sure of itself, so those that end by themselves go first.
+# a single reply: write several **drafts** side by side, and say the one that the model holds for the
+# likeliest. Google's Meena did it with twenty whole replies and called it **sample-and-rank** (Adiwardana
+# et al. 2020). We compare *sentences*: each draft goes on to its next full stop, the surest is said, and
+# all drafts of the next sentence begin behind it. A reader sees the first sentence while the second is
+# being written, one bad sentence doesn't condemn the good ones around it, and of a long story every
+# sentence is chosen, where whole drafts would leave one choice of eight for all of it.
 #
-# The prompt is read once. Its notes are copied for every draft, and those of the chosen one are put back
-# afterwards: the next turn finds the cache as if nothing had happened. What we pay is streaming. The
-# first word comes when the last draft is done.
+# Three details matter. A product of probabilities falls with every token, so a sum of their logarithms
+# would always choose the shortest draft: we take the *mean* a token. A draft that circles in a loop is
+# very sure of itself, so those that come to an end go first. And whether the reply is over can't be
+# found by comparing, since an end is one token, which is nearly always surer than a whole sentence. So
+# after every sentence that is drawn, once.
 
 
 # %% tags=["export"]
+SENTENCE_END = re.compile(r"""[.!?。！？]["'”’)\]]*\s*$""")
+
+
+def sentence_ends(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that end a sentence: a full stop, `!"` and their like."""
+    pieces = (
+        tokenizer.token_bytes(id).decode(errors="replace") for id in range(tokenizer.vocab_size)
+    )
+    return frozenset(id for id, piece in enumerate(pieces) if SENTENCE_END.search(piece))
+
+
+class Draft(NamedTuple):
+    """What may be said next, with the token that ended it, and the sum of its log-probs."""
+
+    tokens: list[int]
+    logprob: float
+
+
+def surest(drafts: Sequence[Draft], ends: Collection[int]) -> Draft:
+    """The likeliest a token, of those that say something and come to an end, if any do."""
+    return max(
+        drafts,
+        key=lambda one: (
+            one.tokens[0] not in ends,
+            one.tokens[-1] in ends,
+            one.logprob / len(one.tokens),
+        ),
+    )
+
+
 def _draft(
     model: GPT,
     logits_1V: Tensor,
     sampling: Sampling,
     stop: Collection[int],
+    pauses: Collection[int],
     cache: KVCache,
     generator: torch.Generator,
     limit: int,
-) -> list[int]:
-    """Return the surest of several drafts, from the scores of the first token on."""
-    # 1. the prompt has been read: copy the notes
-    begin = cache.length
-    many = cache.copies(sampling.drafts, begin + limit)
-    # 2. one token a draft and step, until every draft has stopped
-    logits_DV = logits_1V.expand(sampling.drafts, -1)
-    drafts = _write(model, logits_DV, sampling, stop, many, generator, limit)
-    said = surest(drafts, stop)
-    # 3. the notes of the chosen one
-    reply = said.body(stop)
-    cache.follow(many, drafts.index(said), min(begin + len(reply), many.length))
-    return reply
+) -> Iterator[int]:
+    """Yield a reply sentence by sentence, the surest of several drafts of each."""
+    reply: list[int] = []
+    ends = {*stop, *pauses}
+    while True:
+        # 1. the notes of what is said already, one copy a draft
+        begin = cache.length
+        left = limit - len(reply)
+        many = cache.copies(sampling.drafts, begin + left)
+        # 2. one token a draft and step, until every draft has come to its end
+        logits_DV = logits_1V.expand(sampling.drafts, -1)
+        tokens: list[list[int]] = [[] for _ in logits_DV]
+        logprobs = [0.0 for _ in logits_DV]
+        for scores_DV, drawn in _draw(
+            model, logits_DV, sampling, ends, many, generator, left, reply
+        ):
+            rows, chosen = list(drawn), list(drawn.values())
+            sure = scores_DV[rows, chosen] - scores_DV.logsumexp(-1)[rows]
+            for row, token, logprob in zip(rows, chosen, sure.tolist(), strict=True):
+                tokens[row].append(token)
+                logprobs[row] += logprob
+        drafts = [Draft(*one) for one in zip(tokens, logprobs, strict=True)]
+        said = surest(drafts, ends)
+        # 3. the notes of the surest; its last token has been drawn, and not been read
+        cache.follow(many, drafts.index(said), begin + len(said.tokens) - 1)
+        reply += said.tokens
+        yield from said.tokens
+        if reply[-1] in stop or len(reply) == limit:
+            return
+        # 4. is this all? Drawn once; where it isn't, no draft may end before it begins
+        logits_1V = next_logits(model, torch.tensor([reply[-1:]], device=model.device), cache)
+        said_1T = torch.tensor([reply], device=model.device)
+        last = int(sample(logits_1V, sampling, history_BT=said_1T, generator=generator))
+        if last in stop:
+            yield last
+            return
+        logits_1V[:, list(stop)] = -torch.inf
 
 
 # %% [markdown]
-# Here are a few drafts of one text, each with the mean log-prob of its tokens, and the one that is said.
+# The prompt is read once, and its notes are copied for every draft. Here are a few whole drafts of one
+# text, each with the mean log-prob of its tokens, and the one that is said.
 
 # %%
 opening = [tokenizer.bos_id, *tokenizer.encode("The little bear looked for")]
@@ -1005,6 +1044,23 @@ cold = Sampling(temperature=0, max_tokens=8)
 fed = rewind(notes, [*opening, *said], further)
 assert len(opening) < fed <= len(opening) + len(said)
 assert list(generate(model, further, cold, cache=notes)) == list(generate(model, further, cold))
+
+# %% [markdown]
+# Now a longer text, sentence by sentence. The clock stops where a reader sees each sentence.
+
+# %%
+pauses = sentence_ends(tokenizer)
+story = [tokenizer.bos_id, *tokenizer.encode("Once upon a time")]
+long = Sampling(temperature=0.8, max_tokens=24 if FAST else 80, seed=5, drafts=8)
+for name, ends in (("whole drafts", ()), ("sentence by sentence", pauses)):
+    begin, sentence = time.perf_counter(), []
+    print(f"{name}:")
+    for token in generate(model, story, long, pauses=ends):
+        sentence.append(token)
+        if token in pauses:
+            print(f"  {time.perf_counter() - begin:5.2f} s  {tokenizer.decode(sentence)!r}")
+            sentence = []
+    print(f"  {time.perf_counter() - begin:5.2f} s  {tokenizer.decode(sentence)!r}, and no more")
 
 # %% [markdown]
 # Does it help? For our chat model it does more than anything else that costs so little: the lab notes
@@ -1100,10 +1156,14 @@ def stream(
 ) -> Iterator[str]:
     """Yield the reply to `ids` as pieces of text, never empty and never half a character.
 
-    `stop` is every control token when None. The rest as in `generate`.
+    `stop` is every control token when None; drafts are compared at the end of each sentence. The
+    rest as in `generate`.
     """
     stop = stop_ids(tokenizer) if stop is None else stop
-    tokens = generate(model, ids, sampling, stop=stop, cache=cache, generator=generator)
+    pauses = sentence_ends(tokenizer)
+    tokens = generate(
+        model, ids, sampling, stop=stop, pauses=pauses, cache=cache, generator=generator
+    )
     return _text_of(tokens, TextStream(tokenizer))
 
 

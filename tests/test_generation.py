@@ -1,6 +1,7 @@
 """Chapter 08: filters by hand, the KV cache against none, text that streams whole characters."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tinychat.generation import (
     penalize,
     rewind,
     sample,
+    sentence_ends,
     stop_ids,
     stream,
 )
@@ -285,7 +287,8 @@ def test_a_strong_penalty_stops_loops():
 
 # ------------------------------------------------------------------ drafts
 
-A, B, END, ASK = 20, 21, TOKENIZER.end_id, [TOKENIZER.assistant_id]
+A, B, C, D, END, ASK = 20, 21, 22, 23, TOKENIZER.end_id, [TOKENIZER.assistant_id]
+MANY = Sampling(temperature=1, top_p=1, drafts=64, max_tokens=6, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -303,15 +306,70 @@ A, B, END, ASK = 20, 21, TOKENIZER.end_id, [TOKENIZER.assistant_id]
     ],
 )
 def test_the_surest_draft_is_said(first, then, said):
-    sampling = Sampling(temperature=1, top_p=1, drafts=64, max_tokens=6, seed=1)
     model = Fork(first, then)
-    assert list(generate(model, ASK, sampling, stop={END})) == said
-    # In a batch each prompt has its own drafts, and prompts of another length don't matter.
-    batch = generate_batch(model, [ASK, ASK * 3, ASK], sampling, stop={END}, rows=128)
-    assert batch == [said] * 3
+    assert list(generate(model, ASK, MANY, stop={END})) == said
+    assert generate_batch(model, [ASK, ASK * 3, ASK], MANY, stop={END}) == [said] * 3
     ended = said != [A] * 6
-    kept = generate_batch(model, [ASK], sampling, stop={END}, keep_stop=True)
-    assert kept == [said + [END] * ended]
+    assert list(generate(model, ASK, MANY, stop={END}, keep_stop=True)) == said + [END] * ended
+    assert generate_batch(model, [ASK], MANY, stop={END}, keep_stop=True) == [said + [END] * ended]
+
+
+@pytest.mark.parametrize("pauses", [(), (C, D)])
+def test_drafts_are_compared_at_the_end_of_each_sentence(pauses):
+    # "A C B D": of the whole drafts, A with its unsure second sentence loses to B and its sure one,
+    # ln 0.45 / 3 = -0.27 against (ln 0.55 + ln 0.1) / 4 = -0.73. Of the first sentences alone,
+    # A C wins with ln 0.55 / 2 = -0.30 against ln 0.45 / 2 = -0.40.
+    unsure = {40 + n: 0.1 for n in range(10)}
+    model = Fork({A: 0.55, B: 0.45}, {A: {C: 1.0}, B: {D: 1.0}, C: unsure})
+    said = list(generate(model, ASK, MANY, stop={END}, pauses=pauses))
+    assert said[:2] == ([A, C] if pauses else [B, D])
+    assert generate_batch(model, [ASK], MANY, stop={END}, pauses=pauses)[0][:2] == said[:2]
+
+
+def test_how_often_a_reply_goes_on_is_drawn_and_not_chosen():
+    # After a sentence three in ten replies end. An end is surer than any sentence that could
+    # follow (ln 0.3 = -1.20 a token against (ln 0.07 + 0) / 2 = -1.33), so comparing would end all.
+    more = {END: 0.3, **{40 + n: 0.07 for n in range(10)}}
+    then = {A: {C: 1.0}, C: more, **{40 + n: {D: 1.0} for n in range(10)}}
+    model = Fork({A: 1.0}, then)
+    replies = [
+        list(generate(model, ASK, replace(MANY, seed=seed), stop={END}, pauses={C, D}))
+        for seed in range(200)
+    ]
+    assert {tuple(reply[:2]) for reply in replies} == {(A, C)}
+    ended = sum(len(reply) == 2 for reply in replies)
+    assert 41 <= ended <= 80, "60 of 200; three deviations are 19"
+    assert all(len(reply) == 4 and reply[3] == D for reply in replies if len(reply) > 2)
+
+
+def test_a_penalty_counts_the_sentences_before():
+    # A is the surer start of the second sentence, but it stands in the first.
+    model = Fork({A: 1.0}, {A: {C: 1.0}, C: {A: 0.6, B: 0.4}, B: {D: 1.0}})
+    strict = replace(MANY, repetition_penalty=100.0, max_tokens=3)
+    said = {
+        tuple(generate(model, ASK, replace(strict, seed=seed), stop={END}, pauses={C, D}))
+        for seed in range(5)
+    }
+    assert said == {(A, C, B)}
+
+
+def test_a_sentence_ends_with_its_stop_and_what_closes_it():
+    ends = {TOKENIZER.decode([id]) for id in sentence_ends(TOKENIZER)}
+    assert ends == {".", "!", "?"}
+    real = Tokenizer(tokenizer_model())
+    pieces = {real.decode([id]) for id in sentence_ends(real)}
+    assert {".", "!", "?", '."', '?"'} <= pieces
+    assert not {",", ":", "a", " the", ""} & pieces
+
+
+def test_the_first_sentence_is_there_before_the_second_is_begun():
+    model = ScriptedGPT(["Yes. No. Why?"])
+    cache = model.new_cache()
+    long = replace(MANY, max_tokens=20)
+    tokens = generate(model, ASK, long, stop={END}, pauses=sentence_ends(TOKENIZER), cache=cache)
+    assert TOKENIZER.decode([next(tokens) for _ in range(4)]) == "Yes."
+    assert cache.length == 4, "the prompt, and the sentence without its last token"
+    assert TOKENIZER.decode(tokens) == " No. Why?"
 
 
 def test_greedy_needs_no_drafts():
@@ -322,17 +380,19 @@ def test_greedy_needs_no_drafts():
     assert cache.fed == [1, 1]
 
 
-@pytest.mark.parametrize("stop", [(), tuple(range(7, 263, 3))])
-def test_after_drafts_the_cache_holds_what_was_said(gpt, stop):
+@pytest.mark.parametrize("pauses", [(), tuple(range(8, 263, 4))])
+@pytest.mark.parametrize("stop", [(), tuple(range(7, 263, 9))])
+def test_after_drafts_the_cache_holds_what_was_said(gpt, stop, pauses):
     prompt = TOKENIZER.encode("hello")
     sampling = Sampling(**OFF, drafts=5, max_tokens=12, seed=2)
     cache = gpt.new_cache()
     list(generate(gpt, prompt[:3], Sampling(max_tokens=1), cache=cache))  # an earlier turn
     rewind(cache, prompt[:3], prompt)
-    said = list(generate(gpt, prompt, sampling, stop=stop, cache=cache))
-    assert said == list(generate(gpt, prompt, sampling, stop=stop)), "the same without it"
+    ends = {"stop": stop, "pauses": pauses}
+    said = list(generate(gpt, prompt, sampling, **ends, cache=cache))
+    assert said == list(generate(gpt, prompt, sampling, **ends)), "the same without it"
     assert 0 < len(said) <= 12
-    assert cache.length == len(prompt) + len(said) - (len(said) == 12 or not stop)
+    assert len(prompt) + len(said) - 1 <= cache.length <= len(prompt) + len(said)
     fresh = gpt.new_cache()
     with torch.inference_mode():
         gpt.hidden(torch.tensor([[*prompt, *said][: cache.length]]), cache=fresh)

@@ -21,7 +21,13 @@ from tinychat.data.probes import Probe
 from tinychat.data.records import Dialogue, Document, Message
 from tinychat.data.split import split_of
 from tinychat.dialogue import render, render_prompt
-from tinychat.generation import Sampling, generate_batch, make_generator, stop_ids
+from tinychat.generation import (
+    Sampling,
+    generate_batch,
+    make_generator,
+    sentence_ends,
+    stop_ids,
+)
 from tinychat.gpt import GPT
 from tinychat.ppo import PPOConfig, distinct, lay_out, repetition, reply_logprobs, sample_replies
 from tinychat.reward_model import RewardModel, score
@@ -82,8 +88,8 @@ def answer_all(
     """Let a model reply to each prompt; the same dice for every model that is asked.
 
     Most replies are short. So all are written up to `FIRST` tokens, and then the few that have not
-    ended go on by themselves: the long ones don't keep the others waiting. Of several drafts, which
-    are judged when they are whole, each is written in one go.
+    ended go on by themselves: the long ones don't keep the others waiting. With several drafts of
+    each sentence, every reply is written in one go.
     """
     asked = [
         render_prompt(p, tokenizer, context=model.config.context, reserve=sampling.max_tokens)
@@ -101,6 +107,7 @@ def answer_all(
             [asked[n] + replies[n] for n in unfinished],
             replace(sampling, max_tokens=limit - begin),
             stop=stop,
+            pauses=sentence_ends(tokenizer),
             keep_stop=True,
             rows=rows,
             pad_id=tokenizer.pad_id,

@@ -6,8 +6,10 @@ then run `python -m tinychat.book export`.
 
 import codecs
 import math
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -187,17 +189,19 @@ def generate(
     sampling: Sampling,
     *,
     stop: Collection[int] = (),
+    pauses: Collection[int] = (),
+    keep_stop: bool = False,
     cache: KVCache | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
     """Yield the tokens of one reply to `ids`, each as soon as it is chosen.
 
-    With several `sampling.drafts`, all at once, when the drafts are written. Ends before a token of
-    `stop` (which is not yielded), after `max_tokens`, or when prompt and reply fill the cache. A
-    `cache` may hold a beginning of `ids` from earlier turns: only the rest is read (Pope et al.
-    2022); `rewind` makes sure that it is one. Afterwards it holds the prompt and the reply up to
-    the last token but one. Raises ConfigError at once when the prompt is empty or leaves no room
-    for a reply.
+    Several `sampling.drafts` are compared at every token of `pauses` (see `sentence_ends`), and
+    what the surest of them says comes at once. Ends before a token of `stop` (which is yielded only
+    with `keep_stop`), after `max_tokens`, or when prompt and reply fill the cache. A `cache` may
+    hold a beginning of `ids` from earlier turns: only the rest is read (Pope et al. 2022); `rewind`
+    makes sure that it is one. Afterwards it holds the prompt and the reply up to the last token but
+    one. Raises ConfigError at once when the prompt is empty or leaves no room for a reply.
     """
     if not ids:
         raise ConfigError("The prompt is empty; give the model at least one token to go on from.")
@@ -213,7 +217,9 @@ def generate(
     cache.truncate(min(cache.length, len(ids) - 1))
     if generator is None:
         generator = make_generator(sampling.seed, model.device)
-    return _decode(model, ids, sampling, stop, cache, generator, min(sampling.max_tokens, room))
+    limit = min(sampling.max_tokens, room)
+    reply = _decode(model, ids, sampling, stop, pauses, cache, generator, limit)
+    return reply if keep_stop else takewhile(lambda token: token not in stop, reply)
 
 
 @torch.inference_mode()
@@ -222,19 +228,18 @@ def _decode(
     ids: Sequence[int],
     sampling: Sampling,
     stop: Collection[int],
+    pauses: Collection[int],
     cache: KVCache,
     generator: torch.Generator,
     limit: int,
 ) -> Iterator[int]:
-    """The loop of `generate`, after its checks."""
+    """The loop of `generate`, after its checks; the token that ends the reply comes, too."""
     unread_1T = torch.tensor([ids[cache.length :]], device=model.device)
     logits_1V = next_logits(model, unread_1T, cache)
     if sampling.side_by_side > 1:
-        yield from _draft(model, logits_1V, sampling, stop, cache, generator, limit)
+        yield from _draft(model, logits_1V, sampling, stop, pauses, cache, generator, limit)
         return
     for _, drawn in _draw(model, logits_1V, sampling, stop, cache, generator, limit):
-        if drawn[0] in stop:
-            return
         yield drawn[0]
 
 
@@ -246,16 +251,19 @@ def _draw(
     cache: KVCache,
     generator: torch.Generator,
     limit: int,
+    begun: Sequence[int] = (),
 ) -> Iterator[tuple[Tensor, dict[int, int]]]:
     """Draw a token for each row and step, from the scores of the first on.
 
     Yields the scores, and the token of each row that has not stopped before. Ends when all have, or
-    after `limit` steps; the last token of a row is drawn but never read.
+    after `limit` steps; the last token of a row is drawn but never read. `begun` is what a reply
+    that goes on said before: a penalty for repeating counts it.
     """
-    drawn_BT = torch.zeros(len(logits_BV), limit, dtype=torch.long, device=model.device)
+    begun_BT = torch.tensor([begun], dtype=torch.long).expand(len(logits_BV), -1)
+    drawn_BT = F.pad(begun_BT, (0, limit)).to(model.device)
     running = set(range(len(logits_BV)))
-    for step in range(limit):
-        if step:
+    for step in range(len(begun), len(begun) + limit):
+        if step > len(begun):
             logits_BV = next_logits(model, drawn_BT[:, step - 1 : step], cache)
         history_BT = drawn_BT[:, :step] if step else None
         chosen_B = sample(logits_BV, sampling, history_BT=history_BT, generator=generator)
@@ -289,6 +297,7 @@ def generate_batch(
     sampling: Sampling,
     *,
     stop: Collection[int] = (),
+    pauses: Collection[int] = (),
     keep_stop: bool = False,
     rows: int = 32,
     pad_id: int = 0,
@@ -298,69 +307,38 @@ def generate_batch(
 
     Prompts of similar length share a batch of at most `rows`. The shorter ones are padded on the
     left in a segment of their own that no real token looks at. `keep_stop` leaves the token that
-    ended a reply at its end. A row stops early when the longest of its batch fills the context. Of
-    several `sampling.drafts`, each a row of its own, the surest is returned.
+    ended a reply at its end. A row stops early when the longest of its batch fills the context.
+    Replies with several `sampling.drafts`, compared at `pauses`, are written one after another:
+    their drafts are a batch already.
     """
     if not all(prompts):
         raise ConfigError("A prompt is empty; give the model at least one token to go on from.")
     if generator is None:
         generator = make_generator(sampling.seed, model.device)
-    replies: list[list[int]] = [[] for _ in prompts]
+    replies: list[list[int]] = []
+    if sampling.side_by_side > 1:
+        for prompt in prompts:
+            said = generate(
+                model,
+                prompt,
+                sampling,
+                stop=stop,
+                pauses=pauses,
+                keep_stop=keep_stop,
+                generator=generator,
+            )
+            replies.append(list(said))
+        return replies
+    replies = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    drafts = sampling.side_by_side
-    together = max(1, rows // drafts)
-    for start in range(0, len(order), together):
-        numbers = order[start : start + together]
-        group = [prompts[number] for number in numbers for _ in range(drafts)]
+    for start in range(0, len(order), rows):
+        numbers = order[start : start + rows]
+        group = [prompts[number] for number in numbers]
         found = _decode_batch(model, group, sampling, stop, pad_id, generator)
-        for place, number in enumerate(numbers):
-            said = surest(found[place * drafts : (place + 1) * drafts], stop)
-            replies[number] = said.tokens if keep_stop else said.body(stop)
+        for number, reply in zip(numbers, found, strict=True):
+            ended = reply[-1] in stop and not keep_stop
+            replies[number] = reply[:-1] if ended else reply
     return replies
-
-
-class Draft(NamedTuple):
-    """A reply that may be said, with the token that ended it, and the sum of its log-probs."""
-
-    tokens: list[int]
-    logprob: float
-
-    def body(self, stop: Collection[int]) -> list[int]:
-        """The tokens without the one that ended it."""
-        return self.tokens[:-1] if self.tokens[-1] in stop else self.tokens
-
-
-def surest(drafts: Sequence[Draft], stop: Collection[int]) -> Draft:
-    """The likeliest a token, of those that say something and end by themselves, if any do."""
-    return max(
-        drafts,
-        key=lambda one: (
-            one.tokens[0] not in stop,
-            one.tokens[-1] in stop,
-            one.logprob / len(one.tokens),
-        ),
-    )
-
-
-def _write(
-    model: GPT,
-    logits_BV: Tensor,
-    sampling: Sampling,
-    stop: Collection[int],
-    cache: KVCache,
-    generator: torch.Generator,
-    limit: int,
-) -> list[Draft]:
-    """Draw each row to its end, from the scores of the first token on."""
-    tokens: list[list[int]] = [[] for _ in logits_BV]
-    logprobs = [0.0 for _ in logits_BV]
-    for scores_BV, drawn in _draw(model, logits_BV, sampling, stop, cache, generator, limit):
-        rows, chosen = list(drawn), list(drawn.values())
-        sure = scores_BV[rows, chosen] - scores_BV.logsumexp(-1)[rows]
-        for row, token, logprob in zip(rows, chosen, sure.tolist(), strict=True):
-            tokens[row].append(token)
-            logprobs[row] += logprob
-    return [Draft(*one) for one in zip(tokens, logprobs, strict=True)]
 
 
 def _decode_batch(
@@ -370,7 +348,7 @@ def _decode_batch(
     stop: Collection[int],
     pad_id: int,
     generator: torch.Generator,
-) -> list[Draft]:
+) -> list[list[int]]:
     """One batch of `generate_batch`."""
     longest = max(len(prompt) for prompt in prompts)
     cache = model.new_cache(len(prompts), longest + sampling.max_tokens)
@@ -392,7 +370,41 @@ def _decode_batch(
         segments_BT = (torch.arange(longest, device=model.device) >= starts_B1).long()
     # 2. one token a row and step, until every row has stopped
     logits_BV = next_logits(model, unread_BT, cache, segments_BT)
-    return _write(model, logits_BV, sampling, stop, cache, generator, limit)
+    replies: list[list[int]] = [[] for _ in prompts]
+    for _, drawn in _draw(model, logits_BV, sampling, stop, cache, generator, limit):
+        for row, token in drawn.items():
+            replies[row].append(token)
+    return replies
+
+
+SENTENCE_END = re.compile(r"""[.!?。！？]["'”’)\]]*\s*$""")
+
+
+def sentence_ends(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that end a sentence: a full stop, `!"` and their like."""
+    pieces = (
+        tokenizer.token_bytes(id).decode(errors="replace") for id in range(tokenizer.vocab_size)
+    )
+    return frozenset(id for id, piece in enumerate(pieces) if SENTENCE_END.search(piece))
+
+
+class Draft(NamedTuple):
+    """What may be said next, with the token that ended it, and the sum of its log-probs."""
+
+    tokens: list[int]
+    logprob: float
+
+
+def surest(drafts: Sequence[Draft], ends: Collection[int]) -> Draft:
+    """The likeliest a token, of those that say something and come to an end, if any do."""
+    return max(
+        drafts,
+        key=lambda one: (
+            one.tokens[0] not in ends,
+            one.tokens[-1] in ends,
+            one.logprob / len(one.tokens),
+        ),
+    )
 
 
 def _draft(
@@ -400,22 +412,47 @@ def _draft(
     logits_1V: Tensor,
     sampling: Sampling,
     stop: Collection[int],
+    pauses: Collection[int],
     cache: KVCache,
     generator: torch.Generator,
     limit: int,
-) -> list[int]:
-    """Return the surest of several drafts, from the scores of the first token on."""
-    # 1. the prompt has been read: copy the notes
-    begin = cache.length
-    many = cache.copies(sampling.drafts, begin + limit)
-    # 2. one token a draft and step, until every draft has stopped
-    logits_DV = logits_1V.expand(sampling.drafts, -1)
-    drafts = _write(model, logits_DV, sampling, stop, many, generator, limit)
-    said = surest(drafts, stop)
-    # 3. the notes of the chosen one
-    reply = said.body(stop)
-    cache.follow(many, drafts.index(said), min(begin + len(reply), many.length))
-    return reply
+) -> Iterator[int]:
+    """Yield a reply sentence by sentence, the surest of several drafts of each."""
+    reply: list[int] = []
+    ends = {*stop, *pauses}
+    while True:
+        # 1. the notes of what is said already, one copy a draft
+        begin = cache.length
+        left = limit - len(reply)
+        many = cache.copies(sampling.drafts, begin + left)
+        # 2. one token a draft and step, until every draft has come to its end
+        logits_DV = logits_1V.expand(sampling.drafts, -1)
+        tokens: list[list[int]] = [[] for _ in logits_DV]
+        logprobs = [0.0 for _ in logits_DV]
+        for scores_DV, drawn in _draw(
+            model, logits_DV, sampling, ends, many, generator, left, reply
+        ):
+            rows, chosen = list(drawn), list(drawn.values())
+            sure = scores_DV[rows, chosen] - scores_DV.logsumexp(-1)[rows]
+            for row, token, logprob in zip(rows, chosen, sure.tolist(), strict=True):
+                tokens[row].append(token)
+                logprobs[row] += logprob
+        drafts = [Draft(*one) for one in zip(tokens, logprobs, strict=True)]
+        said = surest(drafts, ends)
+        # 3. the notes of the surest; its last token has been drawn, and not been read
+        cache.follow(many, drafts.index(said), begin + len(said.tokens) - 1)
+        reply += said.tokens
+        yield from said.tokens
+        if reply[-1] in stop or len(reply) == limit:
+            return
+        # 4. is this all? Drawn once; where it isn't, no draft may end before it begins
+        logits_1V = next_logits(model, torch.tensor([reply[-1:]], device=model.device), cache)
+        said_1T = torch.tensor([reply], device=model.device)
+        last = int(sample(logits_1V, sampling, history_BT=said_1T, generator=generator))
+        if last in stop:
+            yield last
+            return
+        logits_1V[:, list(stop)] = -torch.inf
 
 
 class TextStream:
@@ -471,10 +508,14 @@ def stream(
 ) -> Iterator[str]:
     """Yield the reply to `ids` as pieces of text, never empty and never half a character.
 
-    `stop` is every control token when None. The rest as in `generate`.
+    `stop` is every control token when None; drafts are compared at the end of each sentence. The
+    rest as in `generate`.
     """
     stop = stop_ids(tokenizer) if stop is None else stop
-    tokens = generate(model, ids, sampling, stop=stop, cache=cache, generator=generator)
+    pauses = sentence_ends(tokenizer)
+    tokens = generate(
+        model, ids, sampling, stop=stop, pauses=pauses, cache=cache, generator=generator
+    )
     return _text_of(tokens, TextStream(tokenizer))
 
 

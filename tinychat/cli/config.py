@@ -101,8 +101,8 @@ OPTIONS = {
         ),
         Option(
             "drafts", int, 8, "a whole number from 1 to 64", lambda n: 1 <= n <= 64,
-            "Write N replies side by side and say the one that the model is surest of; with 1, "
-            "words appear as they are chosen.",
+            "Write each sentence N times side by side and say the one that the model is surest "
+            "of; with 1, words appear as they are chosen.",
         ),
         Option(
             "max_tokens", int, 200, "a whole number from 1 up", lambda n: n >= 1,

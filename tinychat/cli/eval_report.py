@@ -22,7 +22,11 @@ def print_report(report: Mapping[str, Any]) -> None:
     models = report["models"]
     judge = report["judge"]
     sampling, count = report["sampling"], report["prompts"]["count"]
-    drafts = f"the surest of {sampling['drafts']} drafts, " if sampling.get("drafts", 1) > 1 else ""
+    drafts = (
+        f"the surest of {sampling['drafts']} drafts a sentence, "
+        if sampling.get("drafts", 1) > 1
+        else ""
+    )
     console.print(
         Text(
             f"{count} unseen prompts, temperature {sampling['temperature']:g}, "

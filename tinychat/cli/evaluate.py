@@ -79,7 +79,7 @@ def evaluate(
         int,
         typer.Option(
             metavar="N",
-            help="Replies drawn to each prompt, of which the surest counts; the chat draws 8.",
+            help="Drafts of each sentence, of which the surest is said; the chat writes 8.",
         ),
     ] = 1,
     brief: Annotated[

@@ -15,6 +15,7 @@ from tinychat.generation import (
     generate,
     make_generator,
     rewind,
+    sentence_ends,
     stop_ids,
 )
 from tinychat.gpt import GPT, KVCache
@@ -42,13 +43,13 @@ class Reply:
     seconds: float
     """from the question until the reply was closed"""
     drafts: int = 1
-    """replies that were written, to say the surest"""
+    """how often each sentence was written, to say the surest"""
 
     @property
     def tokens_per_second(self) -> float:
         """Speed after the first token, which pays for reading the prompt: what a stopwatch says
-        that runs from the first token on the screen to the last. Of several drafts, all of which
-        are written before the first token is shown, the speed at which the one was."""
+        that runs from the first token on the screen to the last. With several drafts a whole
+        sentence is written before its first token is shown, so that this time counts, too."""
         if self.drafts > 1:
             return self.written / max(self.final, 1e-9)
         return (self.written - 1) / max(self.final - self.first, 1e-9) if self.written > 1 else 0.0
@@ -80,6 +81,7 @@ class ChatSession:
         self.last: Reply | None = None
         self._cache: KVCache = model.new_cache(1, context)
         self._held: list[int] = []
+        self._pauses = sentence_ends(tokenizer)
         # A turn in tokens, with the two that open and close it; counted once a message.
         self._length = lru_cache(maxsize=2048)(lambda text: len(tokenizer.encode(text)) + 2)
         # One pair of dice for the whole conversation: a seed replays all of it, and a second
@@ -174,6 +176,7 @@ class ChatSession:
                 prompt,
                 replace(self.sampling, max_tokens=room),
                 stop=stop_ids(self.tokenizer),
+                pauses=self._pauses,
                 cache=self._cache,
                 generator=self._generator,
             ):
