@@ -1,6 +1,9 @@
 """Shared by all tests: a failure in a generated module names the chapter line to edit."""
 
 import os
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,32 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are drawn, never shown
 # No test reads the settings of whoever runs it, or writes into their home.
 os.environ["TINYCHAT_CONFIG"] = os.devnull
 os.environ["TINYCHAT_SAVE"] = "0"
+
+
+@pytest.fixture
+def holding():
+    """A context in which another process keeps a run's folder, until it is killed."""
+    code = "import sys; from tinychat.runtime.state import lock_run; lock_run(sys.argv[1]); "
+    code += "print('held', flush=True); sys.stdin.read()"
+
+    @contextmanager
+    def hold(folder):
+        with subprocess.Popen(
+            [sys.executable, "-c", code, str(folder)],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as other:
+            try:
+                held = other.stdout.readline()
+                assert held == "held\n", other.stderr.read()
+                yield
+            finally:
+                other.kill()
+
+    return hold
 
 
 def edit_here(excinfo: pytest.ExceptionInfo[BaseException], root: Path = ROOT) -> str | None:

@@ -683,8 +683,23 @@ def test_the_command_from_sft_and_reward_to_rlhf(here):
         marked = re.findall(rf"^ *{name} [+-]\d", samples, re.MULTILINE)
         assert len(marked) == info.metrics["held_out_prompts"]
     assert json.loads(Path("runs/ppo/run.json").read_text())["set"] == QUICK[1::2]
-    again = command("--resume")
-    assert again.exit_code == 0 and "is finished already" in again.stdout
+    for words in ([], [*files, "--fit", "1"]):
+        again = command("--resume", *words)
+        assert again.exit_code == 0 and "is finished already" in again.stdout
+    # It goes on as it began, or says that it won't.
+    for words, sentence in (
+        (["--fit", "0"], "was begun with --fit 1.0; leave --fit 0.0 out"),
+        (["--reward", "judge"], "was begun with --reward reward.safetensors; leave --reward judge"),
+        (["--judge", "judge"], "was begun without --judge; leave --judge judge.safetensors out"),
+        (["--data", "texts"], "was begun without --data (or TINYCHAT_DATA)"),
+    ):
+        refused = command("--resume", *words)
+        assert refused.exit_code == 2
+        assert sentence in " ".join(refused.stderr.replace("│", " ").split())
+    # Minutes undo the number of steps for good.
+    assert command("--resume", "--minutes", "0.001").exit_code == 0
+    record = json.loads(Path("runs/ppo/run.json").read_text())
+    assert (record["set"], record["minutes"]) == (QUICK[1:4:2] + QUICK[7::2], 0.001)
 
 
 def test_a_judge_looks_on_and_is_no_teacher(here):

@@ -514,7 +514,22 @@ def test_the_command_trains_measures_and_writes(here):
     model, _, _ = load_reward("runs/reward/reward.safetensors")
     assert model.deviation > 0
     assert Path("runs/reward/on_policy.jsonl").is_file()
-    assert "is finished already" in run("--resume").output
+    words = ["--from", "start", "--votes", "votes.jsonl", "--samples", "16"]
+    assert "is finished already" in run("--resume", *words).output
+    # It goes on as it began, or says that it won't.
+    for words, sentence in (
+        (["--judge"], "was begun without --judge; leave --judge out"),
+        (["--votes", "more.jsonl"], "was begun with --votes votes.jsonl; leave --votes more.jsonl"),
+        (["--samples", "0"], "was begun with --samples 16; leave --samples 0 out"),
+        (["--data", "texts"], "was begun without --data (or TINYCHAT_DATA)"),
+    ):
+        refused = run("--resume", *words)
+        assert refused.exit_code == 2
+        assert sentence in " ".join(re.sub(r"[│╭╮╰╯─]", " ", refused.stderr).split())
+    # Minutes undo the number of readings for good.
+    assert run("--resume", "--minutes", "0.001").exit_code == 0
+    record = json.loads(Path("runs/reward/run.json").read_text())
+    assert (record["set"], record["minutes"]) == (QUICK[1:4:2], 0.001)
 
 
 def test_several_models_may_answer(here):

@@ -245,9 +245,55 @@ def test_it_is_one_process(calls, monkeypatch):
 def test_another_size_is_another_run(calls):
     assert run("--preset", "nano", "--minutes", "1", "--until", "shards").exit_code == 0
     text = told(run("--run", "nano", "--resume", "--preset", "mini"))
-    assert "was begun with nano; leave --preset mini out" in text
+    assert "was begun with --preset nano; leave --preset mini out" in text
     text = told(run("--run", "nano", "--resume", "--tokenizer", "new"))
-    assert "was begun with the shipped tokenizer" in text
+    assert "was begun without --tokenizer; leave --tokenizer new out" in text
+
+
+def test_a_stage_that_has_begun_takes_nothing_new(calls):
+    given = ["--preset", "nano", "--minutes", "8", "--set", "base.batch=2", "--until", "sft"]
+    assert run(*given).exit_code == 0
+    for name in ("base", "sft", "reward"):
+        Path("runs/nano", name).mkdir()
+        Path("runs/nano", name, "run.json").write_text("{}")
+    before = Path("runs/nano/plan.json").read_bytes()
+    for setting in ("base.batch=4", "reward.batch=4"):
+        text = told(run("--run", "nano", "--resume", "--set", setting))
+        assert f"--set {setting} comes too late: runs/nano/{setting.partition('.')[0]} has" in text
+    Path("texts").mkdir()
+    text = told(run("--run", "nano", "--resume", "--data", "texts"))
+    assert "was begun without --data" in text
+    assert Path("runs/nano/plan.json").read_bytes() == before
+    # The same words as before are fine, and so is what a stage to come will do.
+    again = [*given[:-2], "--set", "ppo-2.lr=1e-4", "--until", "reward", "--resume"]
+    assert run(*again).exit_code == 0
+    assert Plan.read(Path("runs/nano")).settings == ["base.batch=2", "ppo-2.lr=1e-4"]
+
+
+def test_a_data_folder_must_hold_what_all_stages_read(calls):
+    Path("texts/pretrain").mkdir(parents=True)
+    Path("texts/pretrain/children_classics.jsonl.zst").touch()
+    given = ["--preset", "nano", "--minutes", "8", "--data", "texts"]
+    assert "the data folder texts has no preference/" in told(run(*given))
+    text = told(run(*given, "--tokenizer", "new", "--until", "base"))
+    assert "the data folder texts has no pretrain/" in text
+    report = [word for name in NAMES[2:-1] for word in ("--share", f"{name}=0")]
+    assert "has no preference/ppo_prompts" in told(run(*given, *report))
+    assert not calls and not Path("runs").exists()
+    # What is read is enough.
+    assert run(*given, "--until", "sft").exit_code == 0
+    assert names_of(calls) == ["shards", "base", "sft"]
+
+
+def test_two_processes_never_work_on_one_plan(calls, holding):
+    assert run("--preset", "nano", "--minutes", "8", "--until", "base").exit_code == 0
+    Path("runs/nano").rename("runs/other")  # this process keeps the folder that it worked in
+    Path("runs/nano").mkdir()
+    Path("runs/other/plan.json").rename("runs/nano/plan.json")
+    with holding("runs/nano"):
+        text = told(run("--run", "nano", "--resume"))
+    assert "Another tinychat is training in runs/nano" in text
+    assert names_of(calls) == ["shards", "base"]
 
 
 # What the stages call
@@ -320,6 +366,12 @@ def test_a_stage_that_has_begun_is_resumed_as_it_was_begun(asked):
     stages.pretrain_base(plan, BY_NAME["base"], "cpu")
     given = asked["x/base"]
     assert given["resume"] and given["minutes"] is None and given["settings"] is None
+    # What follows from the minutes of the whole run is kept too.
+    (plan.folder / "reward").mkdir()
+    (plan.folder / "reward/run.json").write_text("{}")
+    plan.minutes = 20.0
+    stages.fit_marks(plan, BY_NAME["reward"], "cpu")
+    assert "samples" not in asked["x/reward"]
 
 
 # The real thing

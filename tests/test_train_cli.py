@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,14 @@ from typer.testing import CliRunner
 
 from tinychat.cli.app import app
 from tinychat.cli.progress import SAMPLE_PROMPTS, clock
-from tinychat.cli.runs import override, settings_of
+from tinychat.cli.runs import (
+    check_as_begun,
+    data_as_begun,
+    override,
+    run_folder,
+    settings_of,
+    write_record,
+)
 from tinychat.data import tokenizer_model
 from tinychat.gpt import GPT, GPTConfig, load_model, save_model
 from tinychat.pretraining import TrainConfig
@@ -149,8 +157,20 @@ def test_sft_on_that_base(trained, here):
     assert "parent sha256" in shown.output and "ancestors" in shown.output
     # It is finished, and says so instead of training again.
     before = picture(here)
-    again = run("sft", "--resume")
-    assert again.exit_code == 0 and "is finished already" in again.stdout
+    for words in ([], ["--from", str(base)]):
+        again = run("sft", "--resume", *words)
+        assert again.exit_code == 0 and "is finished already" in again.stdout
+    # Nor does it go on with other things than it began with.
+    write_model(here / "other.safetensors", "base")
+    Path("mine.jsonl").touch()
+    before |= picture(here)
+    for words, sentence in (
+        (["--longest", "9"], "was begun without --longest; leave --longest 9 out"),
+        (["--data", "mine.jsonl"], "was begun without --data; leave --data mine.jsonl out"),
+        (["--keep-all"], "was begun without --keep-all; leave --keep-all out"),
+        (["--from", "other"], f"was begun with --from {base}; leave --from other.safetensors out"),
+    ):
+        assert sentence in told(run("sft", "--resume", *words))
     assert picture(here) == before
 
 
@@ -166,9 +186,31 @@ def test_a_finished_base(trained, here):
     assert read_info("runs/base/base.safetensors").lineage["steps"] == 3
     # The next resumption knows of it. Another size can't go on with these weights.
     assert json.loads(Path("runs/base/run.json").read_text())["set"][-1] == "steps=3"
-    assert "runs/base holds a nano model; leave --preset mini out" in told(
+    assert "runs/base was begun with --preset nano; leave --preset mini out" in told(
         run("base", "--resume", "--preset", "mini")
     )
+
+
+def test_a_longer_budget_is_remembered(trained, here):
+    shutil.copytree(trained / "runs", "runs")
+    assert run("base", "--resume", "--minutes", "0.01").exit_code == 0
+    record = json.loads(Path("runs/base/run.json").read_text())
+    assert "steps=2" not in record["set"] and record["minutes"] == 0.01
+    # Stopped now, it would go on to its new end, and not be called finished after two steps.
+    steps = read_info("runs/base/base.safetensors").lineage["steps"]
+    Path("runs/base/base.safetensors").unlink()
+    result = run("base", "--resume")
+    assert result.exit_code == 0, result.output
+    assert read_info("runs/base/base.safetensors").lineage["steps"] == steps > 2
+
+
+def test_two_processes_never_work_in_one_folder(trained, here, holding):
+    shutil.copytree(trained / "runs", "runs")
+    before = picture(here)
+    with holding("runs/base"):
+        text = told(run("base", "--resume", "--set", "steps=3"))
+    assert "Another tinychat is training in runs/base; wait until it ends" in text
+    assert picture(here) == before
 
 
 def test_minutes_undo_a_number_of_steps():
@@ -197,14 +239,29 @@ def test_a_source_of_ones_own_and_a_start(trained, here):
     Path("mine.txt").write_text("The fox ran. " * 200, encoding="utf-8")
     start = str(trained / "runs/base/base.safetensors")
     words = ["--source", "mine.txt", "--from", start, "--run", "own"]
-    result = run("base", *BASE, "--set", "steps=1", *words)
+    sized, unsized = [*BASE, "--set", "steps=1"], [*BASE[2:], "--set", "steps=1"]
+    assert f"{start} is no mini model; leave --preset out" in told(
+        run("base", "--preset", "mini", *unsized, *words)
+    )
+    result = run("base", *unsized, *words)
     assert result.exit_code == 0, result.output
     info = read_info("runs/own/base.safetensors")
     assert info.lineage["data"]["mine.txt"]["licence"] == "the user's"
-    assert info.lineage["parent"] == start
+    assert info.lineage["parent"] == start and info.lineage["preset"] == "nano"
+    assert info.lineage["parent_sha256"] == file_sha256(start)
+    assert info.lineage["ancestors"] == [read_info(start).lineage]
+    # A resumed run keeps to what it began with.
+    write_model(here / "other.safetensors", "base")
+    for more, sentence in (
+        (["--from", "other"], f"was begun with --from {start}; leave --from other.safetensors out"),
+        (["--source", "other.txt"], "was begun with --source mine.txt; leave --source other.txt"),
+        (["--tokenizer", "x.model"], "was begun without --tokenizer; leave --tokenizer x.model"),
+        (["--data", "texts"], "was begun without --data (or TINYCHAT_DATA); leave --data"),
+    ):
+        assert sentence in told(run("base", "--resume", "--run", "own", *more))
     size = info.lineage["data"]["mine.txt"]["tokens"]
     # Resuming remembers the file, and notices that it has changed.
-    longer = run("base", "--resume", "--run", "own", "--set", "steps=2")
+    longer = run("base", "--resume", *words, "--set", "steps=2")
     assert longer.exit_code == 0, longer.output
     info = read_info("runs/own/base.safetensors")
     assert info.lineage["data"]["mine.txt"]["tokens"] == size
@@ -214,7 +271,7 @@ def test_a_source_of_ones_own_and_a_start(trained, here):
         run("base", "--resume", "--run", "own", "--set", "steps=3")
     )
     # A new run reads the new text, not the tokens of the old one.
-    result = run("base", *BASE, "--set", "steps=1", "--source", "mine.txt", "--run", "new")
+    result = run("base", *sized, "--source", "mine.txt", "--run", "new")
     assert result.exit_code == 0, result.output
     assert read_info("runs/new/base.safetensors").lineage["data"]["mine.txt"]["tokens"] != size
 
@@ -306,6 +363,38 @@ def test_train_tokenizer(here):
     assert "exists already" in told(run("tokenizer", "--out", "my/tokenizer.model"))
 
 
+def interrupt(*_):
+    yield "The fox ran."
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", ["data.sample.tokenizer_texts", "tokenizer.sentences"])
+def test_ctrl_c_is_no_bad_text_for_a_tokenizer(here, monkeypatch, place):
+    monkeypatch.setattr(f"tinychat.{place}", interrupt)
+    result = run("tokenizer", "--vocab-size", "400")
+    assert result.exit_code not in (0, 2) and "no tokenizer" not in result.output
+    assert not Path("runs").exists()
+
+
+@contextmanager
+def full_disk():
+    """No file can grow."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_leaves_no_half_of_a_tokenizer(here, monkeypatch):
+    monkeypatch.setattr("tinychat.tokenizer.train_sentencepiece", lambda *_: bytes(1000))
+    with full_disk():
+        assert "File too large" in told(run("tokenizer"))
+    assert not picture(here)
+
+
 # Mistakes
 
 
@@ -369,6 +458,11 @@ def test_train_tokenizer(here):
         (["tokenizer", "--vocab-size", "many"], "Invalid value for '--vocab-size'"),
         (["tokenizer", "--vocab-size", "2000000"], "no tokenizer of 2000000 pieces"),
         (["tokenizer", "--data", "nowhere"], "nowhere does not exist"),
+        (
+            ["tokenizer", "--data", "partial"],
+            "has no pretrain/childrens_storybooks_ccby.jsonl.zst:",
+        ),
+        (["tokenizer", "--out", "blank.txt/a/b"], "blank.txt/a/b can't be written to"),
         (["dance"], "No such command"),
         (["base", "--minuets", "1"], "No such option"),
     ],
@@ -392,6 +486,8 @@ def models(tmp_path_factory) -> Path:
     for name, stage in (("start", "base"), ("reward", "reward"), ("rlhf", "rlhf")):
         write_model(folder / "checkpoints" / f"{name}.safetensors", stage)
     (folder / "hollow").mkdir()
+    (folder / "partial/pretrain").mkdir(parents=True)
+    (folder / "partial/pretrain/children_classics.jsonl.zst").touch()
     for name in ("empty.txt", "empty.jsonl"):
         (folder / name).touch()
     (folder / "blank.txt").write_text(" \n\n ")
@@ -422,6 +518,42 @@ def test_a_used_folder_is_left_alone(trained, here):
 
 
 # Small parts
+
+
+def test_a_record_is_whole_or_absent_and_never_overwritten(here):
+    folder = Path("runs/x")
+    with full_disk(), pytest.raises(OSError):
+        write_record(folder, {"preset": "nano"})
+    assert not any(folder.iterdir()) and run_folder("x", resume=False) == folder
+    write_record(folder, {"preset": "nano"})
+    before = picture(here)
+    assert list(before) == ["runs/x/run.json"]
+    with pytest.raises(ConfigError, match="runs/x already holds a run"):
+        write_record(folder, {"preset": "mini"})
+    assert picture(here) == before
+
+
+def test_what_a_killed_writer_left_is_no_run(here):
+    Path("runs/x").mkdir(parents=True)
+    Path("runs/x/.run.json.1a2b").touch()
+    assert run_folder("x", resume=False) == Path("runs/x")
+
+
+def test_a_resumed_run_is_as_it_was_begun(here):
+    folder = Path("runs/x")
+    Path("a").mkdir()
+    same = {"--fit": (None, 0.0), "--samples": (0, 0), "--from": ("a/b", str(here / "a/b"))}
+    check_as_begun(folder, same | {"--source": (["x", "y"], ["x", "y"])})
+    with pytest.raises(ConfigError, match="begun with --fit 0.5; leave --fit 0.0 out, or start"):
+        check_as_begun(folder, {"--fit": (0.0, 0.5)})
+    with pytest.raises(ConfigError, match="with --source x --source y; leave --source y out"):
+        check_as_begun(folder, {"--source": (["y"], ["x", "y"])})
+    assert data_as_begun(folder, {"data": "a"}, here / "a") == Path("a")
+    assert data_as_begun(folder, {"data": "a"}, None) == Path("a")
+    assert data_as_begun(folder, {"data": "moved away"}, Path("a")) == Path("a")
+    assert data_as_begun(folder, {}, None) is None
+    with pytest.raises(ConfigError, match="was begun with --data .* a; leave --data .* b out"):
+        data_as_begun(folder, {"data": "a"}, Path("b"))
 
 
 def test_override_parses_each_kind():

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -73,12 +74,17 @@ def run_folder(name: str, resume: bool) -> Path:
             f"--run {name!r} can't name a folder in runs; use letters, digits, '-', '_' and '.'."
         )
     folder = Path("runs") / name
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not resume and folder.exists() and (not folder.is_dir() or _in_use(folder)):
         raise ConfigError(
             f"{folder} already holds a run; add --resume to go on with it, "
             "or choose another name with --run."
         )
     return folder
+
+
+def _in_use(folder: Path) -> bool:
+    """True if a folder holds more than the hidden files of writers that were killed."""
+    return any(not file.name.startswith(".") for file in folder.iterdir())
 
 
 def read_record(folder: Path, needed: str) -> dict[str, Any]:
@@ -93,6 +99,43 @@ def read_record(folder: Path, needed: str) -> dict[str, Any]:
         f"There is no run to resume in {folder}; start one without --resume, "
         "or name another with --run."
     )
+
+
+def check_as_begun(folder: Path, options: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuse options of a resumed run that say something else than when it began.
+
+    Each as (now, then), now None where it was left out: the run goes on as it began.
+    """
+
+    def told(name: str, value: Any) -> str:
+        if value is None or value is False or value == []:
+            return f"without {name}"
+        values = value if isinstance(value, list) else [value]
+        return "with " + " ".join(name if one is True else f"{name} {one}" for one in values)
+
+    def plain(value: Any) -> Any:
+        """The same for two ways to write a path."""
+        if isinstance(value, list):
+            return [plain(one) for one in value]
+        return Path(value).resolve() if isinstance(value, str) else value
+
+    for name, (now, then) in options.items():
+        if now is not None and plain(now) != plain(then):
+            raise ConfigError(
+                f"{folder} was begun {told(name, then)}; "
+                f"leave {told(name, now).removeprefix('with ')} out, "
+                "or start another run with --run NAME."
+            )
+
+
+def data_as_begun(folder: Path, record: Mapping[str, Any], data: Path | None) -> Path | None:
+    """The data folder that a run began with; one that has been moved since may be named anew."""
+    then = record.get("data")
+    if data is not None and then is not None and not Path(then).is_dir():
+        return data
+    given = str(data) if data is not None else None
+    check_as_begun(folder, {"--data (or TINYCHAT_DATA)": (given, then)})
+    return Path(then) if then is not None else None
 
 
 def budget_of(record: Mapping[str, Any], folder: Path) -> float | None:
@@ -133,22 +176,48 @@ def first_run(folder: Path) -> bool:
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Remember what a new run was started with; two that start at once can't share a folder."""
+    """Remember what a new run was started with; two that start at once can't share a folder.
+
+    The record is whole or absent: half of one could be neither resumed nor begun anew. This
+    process keeps the folder for itself until it ends.
+    """
+    from tinychat.runtime.files import write_atomic
+    from tinychat.runtime.state import lock_run
+
     folder.mkdir(parents=True, exist_ok=True)
+    lock_run(folder)
+    path, trial = folder / "run.json", folder / f".run.json.{secrets.token_hex(6)}"
     try:
-        with (folder / "run.json").open("x", encoding="utf-8") as file:
-            file.write(json.dumps(record, indent=2) + "\n")
+        write_atomic(trial, [_text_of(record)])
+        try:
+            os.link(trial, path)  # unlike a rename, it takes no name that is taken
+        except OSError:  # taken, or a file system without links
+            with path.open("xb") as file:
+                file.write(_text_of(record))
     except FileExistsError:
         raise ConfigError(
             f"{folder} already holds a run; choose another name with --run."
         ) from None
+    finally:
+        trial.unlink(missing_ok=True)
 
 
-def update_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Remember the settings that a resumed run goes on with, so that the next one does too."""
+def update_record(folder: Path, record: Mapping[str, Any], **now: Any) -> None:
+    """Remember what a resumed run goes on with `now`, so that the next one does too.
+
+    None leaves a value as it was. This process keeps the folder for itself until it ends.
+    """
     from tinychat.runtime.files import write_atomic
+    from tinychat.runtime.state import lock_run
 
-    write_atomic(folder / "run.json", [(json.dumps(record, indent=2) + "\n").encode()])
+    lock_run(folder)
+    new = dict(record) | {name: value for name, value in now.items() if value is not None}
+    if new != record:
+        write_atomic(folder / "run.json", [_text_of(new)])
+
+
+def _text_of(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, indent=2) + "\n").encode()
 
 
 def settings_of(

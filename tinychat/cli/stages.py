@@ -70,16 +70,52 @@ def tokenizer_of(plan: Plan) -> Path | None:
     return plan.folder / "tokenizer.model" if plan.tokenizer == "new" else path_of(plan.tokenizer)
 
 
-def common(plan: Plan, stage: Stage, device: str, more: list[str] | None = None) -> dict[str, Any]:
+def has_begun(plan: Plan, stage: Stage) -> bool:
+    """True where a stage has a record of what it began with, and keeps to it."""
+    return (plan.folder / stage.name / "run.json").is_file()
+
+
+def check_sources(plan: Plan, until: str | None) -> None:
+    """Refuse a data folder that lacks what a stage still to come will read, hours later.
+
+    The base takes what is there.
+    """
+    from tinychat.data.preferences import PUBLIC, RATINGS
+    from tinychat.data.public import data_folder, source_path
+    from tinychat.data.sample import SAMPLE
+    from tinychat.data.unseen import PUBLIC_PROMPTS
+
+    public = data_folder(path_of(plan.data))
+    if public is None:
+        return
+    names = [*SAMPLE] if plan.tokenizer == "new" and "tokenizer" not in plan.used else []
+    for stage in plan.stages if until != "shards" else ():
+        if stage.name not in plan.used:
+            names += [*PUBLIC, RATINGS] if stage.kind == "reward" else []
+            names += [PUBLIC_PROMPTS] if stage.kind in ("reward", "ppo", "eval") else []
+        if stage.name == until:
+            break
+    for name in names:
+        source_path(name, public)
+
+
+def common(
+    plan: Plan,
+    stage: Stage,
+    device: str,
+    more: list[str] | None = None,
+    **begun_with: Any,
+) -> dict[str, Any]:
     """What every training command is called with: a new run, or the one that was begun."""
     run = f"{plan.folder.name}/{stage.name}"
     if first_run(plan.folder / stage.name):
         small = SMALL_STEPS[stage.kind] if plan.minutes < QUICK else []
         settings = [SAVE, *small, *(more or []), *plan.settings_of(stage)]
         minutes: float | None = plan.trained[stage.name]
-    else:  # it knows its minutes and settings itself
-        settings, minutes = [], None
+    else:  # it knows what it was begun with, its minutes and settings too
+        settings, minutes, begun_with = [], None, {}
     return {
+        **begun_with,
         "run": run,
         "minutes": minutes,
         "settings": settings or None,
@@ -132,24 +168,30 @@ def by_epochs(plan: Plan, stage: Stage) -> bool:
 def fit_marks(plan: Plan, stage: Stage, device: str) -> None:
     """The reward model, the judge, and the second reward model with both writers' samples."""
     second = stage.name == "reward-2"
+    given = common(
+        plan,
+        stage,
+        device,
+        ["seed=1"] if stage.name == "judge" else [],
+        samples=questions(plan),  # more minutes ask more, but not of a stage that has begun
+    )
     reward(
         start=result(plan, "sft"),
         data=path_of(plan.data),
         judge=stage.name == "judge",
-        samples=questions(plan),
         sampler=[result(plan, "sft"), result(plan, "ppo")] if second else None,
-        **common(plan, stage, device, ["seed=1"] if stage.name == "judge" else []),
+        **given,
     )
 
 
 def raise_marks(plan: Plan, stage: Stage, device: str) -> None:
     (teacher,) = stage.needs
+    judge = result(plan, "judge") if BY_NAME["judge"] in plan.stages else None
     ppo(
         start=result(plan, "sft"),
         reward=result(plan, teacher),
-        judge=result(plan, "judge") if BY_NAME["judge"] in plan.stages else None,
         data=path_of(plan.data),
-        **common(plan, stage, device),
+        **common(plan, stage, device, judge=judge),  # one may join later, but not a stage begun
     )
 
 

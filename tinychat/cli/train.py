@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tinychat.runtime.errors import ConfigError
+from tinychat.runtime.errors import ConfigError, TinychatError
 
 train_app = typer.Typer(
     no_args_is_help=True,
@@ -31,7 +32,12 @@ Data = Annotated[
     ),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with a run that was stopped or killed.")
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with a run that was stopped or killed, to the end of its budget; "
+        "with --minutes M, for M minutes more.",
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -52,17 +58,29 @@ def tokenizer(
 
     A new tokenizer needs a new base model: give it to `tinychat train base --tokenizer FILE`.
     """
-    from tinychat.data.public import data_folder
-    from tinychat.data.sample import tokenizer_texts
+    from tinychat.data.public import data_folder, source_path
+    from tinychat.data.sample import SAMPLE, tokenizer_texts
+    from tinychat.runtime.files import write_atomic
     from tinychat.tokenizer import train_sentencepiece
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name another file with --out.")
-    texts = tokenizer_texts(data_folder(data))
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"{out} can't be written to {there}; name another file with --out.")
+    public = data_folder(data)
+    for name in SAMPLE if public else ():
+        source_path(name, public)
     started = time.monotonic()
-    model = train_sentencepiece(texts, vocab_size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(model)
+    # SentencePiece takes whatever goes wrong while it reads, and Ctrl-C, for a bad text.
+    texts = list(tokenizer_texts(public))
+    try:
+        model = train_sentencepiece(texts, vocab_size)
+    except TinychatError as error:
+        if "KeyboardInterrupt" in str(error.__cause__):
+            raise KeyboardInterrupt from None
+        raise
+    write_atomic(out, [model])
     print(f"{out}: {vocab_size} pieces learned in {time.monotonic() - started:.0f} s")
 
 

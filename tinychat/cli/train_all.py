@@ -12,19 +12,28 @@ import typer
 
 from tinychat.cli.plan import BY_NAME, Plan, Stage, check_plan, check_stage, parse_shares
 from tinychat.cli.progress import clock, millions
-from tinychat.cli.runs import check_minutes, override, run_folder
+from tinychat.cli.runs import (
+    check_as_begun,
+    check_minutes,
+    data_as_begun,
+    override,
+    run_folder,
+)
 from tinychat.cli.stages import (
     COMMANDS,
+    check_sources,
     config_of,
+    has_begun,
     learn_vocabulary,
     path_of,
     tokenize,
     trained_minutes,
 )
-from tinychat.cli.train import Data, Device, Minutes, Resume, train_app
+from tinychat.cli.train import Data, Device, Minutes, train_app
 from tinychat.cli.train_base import read_tokenizer
 from tinychat.runtime.device import reuse_memory
 from tinychat.runtime.errors import ConfigError
+from tinychat.runtime.state import lock_run
 
 if TYPE_CHECKING:
     from tinychat.runtime.checkpoint import CheckpointInfo
@@ -38,7 +47,14 @@ def train_all(
     ] = None,
     minutes: Minutes = None,
     data: Data = None,
-    resume: Resume = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with a run that was stopped or killed; --minutes M makes its whole "
+            "budget M.",
+        ),
+    ] = False,
     run: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Folder name under runs/; the preset's if left out."),
@@ -77,11 +93,14 @@ def train_all(
     plan = read_plan(preset, minutes, data, resume, run, tokenizer_file, share, settings)
     if until is not None:
         check_stage(until, f"--until {until}", {"shards": None} | BY_NAME)
+    check_sources(plan, until)
     again = f"tinychat train all --run {plan.folder.name} --resume"
     if not plan.left:
         print(f"{plan.folder} is finished already: {plan.folder / plan.stages[-1].result}.")
         return
     print_plan(plan, device)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    lock_run(plan.folder)
     plan.save()
     try:
         run_stages(plan, device, until)
@@ -121,15 +140,16 @@ def read_plan(
     check_minutes(minutes, resume)
     if resume:
         plan = Plan.read(folder)
-        for name, new, old in (
-            ("--preset", preset, plan.preset),
-            ("--tokenizer", tokenizer_file, plan.tokenizer or None),
-        ):
-            if new not in (None, old):
-                raise ConfigError(
-                    f"{folder} was begun with {old or 'the shipped tokenizer'}; leave {name} {new} "
-                    "out, or start another run with --run NAME."
-                )
+        check_as_begun(
+            folder,
+            {
+                "--preset": (preset, plan.preset),
+                "--tokenizer": (tokenizer_file, plan.tokenizer),
+            },
+        )
+        if any(has_begun(plan, stage) for stage in plan.left):
+            data = data_as_begun(folder, {"data": plan.data}, data)
+        check_settings_come_in_time(plan, settings or [])
         plan.minutes = minutes or plan.minutes
     else:
         assert minutes is not None
@@ -147,6 +167,18 @@ def read_plan(
     if plan.tokenizer != "new":
         read_tokenizer(path_of(plan.tokenizer))
     return plan
+
+
+def check_settings_come_in_time(plan: Plan, settings: list[str]) -> None:
+    """Refuse a new setting of a stage that keeps to those it has begun with."""
+    for setting in settings:
+        for stage in plan.stages:
+            meant = setting.partition(".")[0] in (stage.kind, stage.name)
+            if meant and setting not in plan.settings and has_begun(plan, stage):
+                raise ConfigError(
+                    f"--set {setting} comes too late: {plan.folder / stage.name} has begun with "
+                    "its settings; leave it out, or set it for a stage still to come."
+                )
 
 
 def run_stages(plan: Plan, device: str, until: str | None) -> None:

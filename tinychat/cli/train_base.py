@@ -21,9 +21,11 @@ from tinychat.cli.outcome import (
 from tinychat.cli.progress import print_samples, shards_progress, training_progress
 from tinychat.cli.runs import (
     budget_of,
+    check_as_begun,
     check_minutes,
     check_sequence,
     check_unchanged,
+    data_as_begun,
     find_checkpoint,
     first_alone,
     is_finished,
@@ -44,7 +46,7 @@ from tinychat.runtime.errors import ConfigError
 if TYPE_CHECKING:
     from tinychat.data.batch import Batch
     from tinychat.data.shards import TokenShard
-    from tinychat.gpt import GPT
+    from tinychat.gpt import GPT, GPTConfig
     from tinychat.tokenizer import Tokenizer
 
 HEADLINES = (
@@ -92,7 +94,7 @@ def base(
     from tinychat.data.mix import Mix, Phase
     from tinychat.data.prepare import shard_name
     from tinychat.data.public import data_folder, source_path
-    from tinychat.gpt import GPT, load_model
+    from tinychat.gpt import GPT, config_from, load_model
     from tinychat.gpt import preset as model_preset
     from tinychat.pretraining import (
         LossFunction,
@@ -101,32 +103,40 @@ def base(
         pretrain,
         train_preset,
     )
+    from tinychat.runtime.checkpoint import read_info
     from tinychat.runtime.device import pick_device, set_threads
     from tinychat.runtime.files import file_sha256
 
     # 1. Everything that can be wrong is found before the first minute is spent.
     check_minutes(minutes, resume)
     folder = run_folder(run, resume)
-    record: dict[str, Any] = (
-        read_record(folder, "preset") if resume else {"preset": preset or "mini"}
-    )
-    if preset not in (None, record["preset"]):
-        raise ConfigError(
-            f"{folder} holds a {record['preset']} model; leave --preset {preset} out, "
-            "or start another run with --run NAME."
+    start = str(find_checkpoint(start)) if start is not None else None
+    if resume:  # the run goes on with what it began with
+        record: dict[str, Any] = read_record(folder, "preset")
+        check_as_begun(
+            folder,
+            {
+                "--preset": (preset, record["preset"]),
+                "--source": (source or None, record.get("sources")),
+                "--tokenizer": (tokenizer_file and str(tokenizer_file), record.get("tokenizer")),
+                "--from": (start, record.get("from")),
+            },
         )
+        start, source = record.get("from"), record.get("sources")
+        data = data_as_begun(folder, record, data)
+        tokenizer_file = Path(record["tokenizer"]) if record.get("tokenizer") else None
+    else:
+        if start is not None:
+            size = size_of(config_from(read_info(start)))
+            if preset not in (None, size):
+                raise ConfigError(f"{start} is no {preset} model; leave --preset out.")
+            preset = size
+        record = {"preset": preset or "mini"}
     chosen = settings_of(record, settings, minutes)
     config = override(train_preset(record["preset"]), chosen)
     path = folder / "base.safetensors"
     if resume and is_finished(path, minutes, settings, "--minutes"):
         return
-    # What a resumed run was begun with holds, unless it is named again.
-    start = start or record.get("from")
-    source = source or record.get("sources")
-    data = data or (Path(record["data"]) if record.get("data") else None)
-    tokenizer_file = tokenizer_file or (
-        Path(record["tokenizer"]) if record.get("tokenizer") else None
-    )
     minutes = minutes or budget_of(record, folder)
     shape = replace(model_preset(record["preset"]), context=max(1024, config.sequence))
     rank, world = join_processes()
@@ -145,8 +155,10 @@ def base(
 
     # 3. The model.
     torch.manual_seed(config.seed)
+    origin: dict[str, Any] = {}
     if start is not None:
-        model, own, _ = load_model(find_checkpoint(start))
+        model, own, info = load_model(find_checkpoint(start))
+        origin = {"parent_sha256": file_sha256(info.path), "ancestors": [info.lineage]}
         if own.sha256 != pieces.sha256:
             raise ConfigError(f"{start} has another tokenizer; start from one with the same.")
         shape = model.config
@@ -169,8 +181,8 @@ def base(
                 "sha256": own_files,
             },
         )
-    elif settings and rank == 0:
-        update_record(folder, record | {"set": chosen})
+    elif rank == 0:
+        update_record(folder, record, set=chosen, minutes=minutes, data=data and str(data))
 
     def batches_from(micro_step: int, micro_steps: int) -> Iterator[Batch]:
         size = config.batch * world
@@ -220,8 +232,9 @@ def base(
             for name in names
         },
         settings=asdict(config),
-        preset=record["preset"],
+        preset=size_of(shape),
         parent=start,
+        **origin,
     )
     metrics = {"loss": last_loss(result, folder), "bits_per_byte": bits, "curve": curve(folder)}
 
@@ -231,12 +244,22 @@ def base(
         return sum(values) / len(values)
 
     print_samples(model, pieces, folder, chat=False)
-    info = write_checkpoint(path, model, "base", pieces, lineage, metrics, stored_bits)
-    print(f"\n{path}: {info.bytes / 1e6:.1f} MB. {result.tokens / 1e6:.1f} M tokens read.")
+    saved = write_checkpoint(path, model, "base", pieces, lineage, metrics, stored_bits)
+    print(f"\n{path}: {saved.bytes / 1e6:.1f} MB. {result.tokens / 1e6:.1f} M tokens read.")
     for name, value in bits.items():
         print(f"  {value:.3f} bits per byte on unseen {name}")
     longer = f"tinychat train base --run {run} --resume --minutes 60"
     print_next(run, f"Next: tinychat train sft --from {path}   Longer: {longer}")
+
+
+def size_of(shape: GPTConfig) -> str | None:
+    """The preset that a model's shape is, whatever its vocabulary; None where it is none."""
+    from tinychat.gpt import PRESETS, preset
+
+    for name in PRESETS:
+        if replace(preset(name), vocab_size=shape.vocab_size).parameters == shape.parameters:
+            return name
+    return None
 
 
 def read_tokenizer(file: Path | None) -> Tokenizer:

@@ -18,8 +18,10 @@ from tinychat.cli.progress import millions, ppo_progress
 from tinychat.cli.reward_exam import right_share
 from tinychat.cli.runs import (
     budget_of,
+    check_as_begun,
     check_minutes,
     check_unchanged,
+    data_as_begun,
     find_checkpoint,
     is_finished,
     override,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from tinychat.reward_model import RewardModel
     from tinychat.tokenizer import Tokenizer
 
+WEIGHTS = {"marks": 1.0, "fit": 1.0, "sure": 0.0, "rules": 1.0, "facts": 1.0}  # if left out
 PROMPT_TOKENS = 128  # longer prompts are left out: they cost much and say little about the reply
 REPORT = ("score", "judge", "right", "kl", "length", "ended", "distinct_2", "repetition", "entropy")
 
@@ -48,11 +51,19 @@ REPORT = ("score", "judge", "right", "kl", "length", "ended", "distinct_2", "rep
 @train_app.command()
 def ppo(
     start: Annotated[
-        str, typer.Option("--from", metavar="CKPT", help="The chat model to begin with.")
-    ] = "sft",
+        str | None,
+        typer.Option(
+            "--from", metavar="CKPT", help="The chat model to begin with; `sft` if left out."
+        ),
+    ] = None,
     reward: Annotated[
-        str, typer.Option("--reward", metavar="CKPT", help="The reward model that gives marks.")
-    ] = "reward",
+        str | None,
+        typer.Option(
+            "--reward",
+            metavar="CKPT",
+            help="The reward model that gives marks; `reward` if left out.",
+        ),
+    ] = None,
     judge: Annotated[
         str | None,
         typer.Option(
@@ -62,40 +73,41 @@ def ppo(
         ),
     ] = None,
     fit: Annotated[
-        float,
+        float | None,
         typer.Option(
             metavar="X",
             help="How much a reply loses that fits its question worse than written ones do; "
-            "0 for nothing.",
+            "0 for nothing, 1 if left out.",
         ),
-    ] = 1.0,
+    ] = None,
     marks: Annotated[
-        float, typer.Option(metavar="X", help="How much the reward model's marks count.")
-    ] = 1.0,
+        float | None,
+        typer.Option(metavar="X", help="How much the reward model's marks count; 1 if left out."),
+    ] = None,
     sure: Annotated[
-        float,
+        float | None,
         typer.Option(
             metavar="X",
             help="How much a reply earns for each nat a token that the chat model it began with "
-            "holds it for likelier; 0 for nothing.",
+            "holds it for likelier; 0, for nothing, if left out.",
         ),
-    ] = 0.0,
+    ] = None,
     rules: Annotated[
-        float,
+        float | None,
         typer.Option(
             metavar="X",
             help="How much a reply loses that breaks a rule: a word that doesn't exist, one thing "
-            "said over and over, no end; 0 for nothing.",
+            "said over and over, no end; 0 for nothing, 1 if left out.",
         ),
-    ] = 1.0,
+    ] = None,
     facts: Annotated[
-        float,
+        float | None,
         typer.Option(
             metavar="X",
             help="How much a reply earns that answers a question of the basics right, and loses "
-            "that answers it wrong; 0 asks none of them for that.",
+            "that answers it wrong; 0 asks none of them for that, 1 if left out.",
         ),
-    ] = 1.0,
+    ] = None,
     minutes: Minutes = None,
     data: Data = None,
     resume: Resume = False,
@@ -119,21 +131,29 @@ def ppo(
     from tinychat.runtime.device import pick_device, set_threads
 
     # 1. Everything that can be wrong is found before the first minute is spent.
-    weights = {"marks": marks, "fit": fit, "sure": sure, "rules": rules, "facts": facts}
-    for name, weight in weights.items():
-        if not 0 <= weight < float("inf"):
+    given = {"marks": marks, "fit": fit, "sure": sure, "rules": rules, "facts": facts}
+    for name, weight in given.items():
+        if weight is not None and not 0 <= weight < float("inf"):
             raise ConfigError(f"--{name} is {weight}; give 0 or a number above it.")
     if minutes is not None:
         check_minutes(minutes, resume)
     folder = run_folder(run, resume)
-    if resume:
+    if resume:  # the run goes on with what it began with
         record = read_record(folder, "reward")
+        for name, named in (("from", start), ("reward", reward), ("judge", judge)):
+            found = str(find_checkpoint(named)) if named else None
+            check_as_begun(folder, {f"--{name}": (found, record.get(name))})
+        check_as_begun(folder, {f"--{name}": (x, record.get(name)) for name, x in given.items()})
+        data = data_as_begun(folder, record, data)
     else:
-        record = {"from": str(find_checkpoint(start)), "reward": str(find_checkpoint(reward))}
+        record = {
+            "from": str(find_checkpoint(start or "sft")),
+            "reward": str(find_checkpoint(reward or "reward")),
+        }
         if judge:
             record["judge"] = str(find_checkpoint(judge))
         record["sha256"] = {name: file_sha256(path) for name, path in record.items()}
-        record |= weights
+        record |= WEIGHTS | {name: x for name, x in given.items() if x is not None}
     chosen = settings_of(record, settings, minutes)
     config = override(PPOConfig(), chosen)
     path = folder / "rlhf.safetensors"
@@ -144,7 +164,6 @@ def ppo(
     minutes = minutes or budget_of(record, folder)
     if not minutes and not config.steps and not resume:
         raise ConfigError("How long? Give a budget, for instance --minutes 30 or --set steps=100.")
-    data = data or (Path(record["data"]) if record.get("data") else None)
     place = pick_device(device)
     set_threads()
     reference, pieces, info = load_model(record["from"])
@@ -178,8 +197,8 @@ def ppo(
     if not resume:
         kept = {"set": chosen, "minutes": minutes, "data": str(data) if data else None}
         write_record(folder, record | kept)
-    elif settings:
-        update_record(folder, record | {"set": chosen})
+    else:
+        update_record(folder, record, set=chosen, minutes=minutes, data=data and str(data))
 
     def marks_of(model: RewardModel) -> RewardFunction:
         def read(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:

@@ -17,9 +17,11 @@ from tinychat.cli.reward_report import print_report, report
 from tinychat.cli.reward_samples import in_turn, take_samples, unwritten
 from tinychat.cli.runs import (
     budget_of,
+    check_as_begun,
     check_minutes,
     check_sequence,
     check_unchanged,
+    data_as_begun,
     find_checkpoint,
     is_finished,
     override,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from tinychat.reward_model import RewardModel
 
 OWN_SAMPLES = "on_policy.jsonl"
+SAMPLES = 1200
 REFERENCES = 1000  # good replies that set mean, deviation and the slope against length
 HELD_OUT_NEAR = 250  # near misses in the validation part and in the test part, at most
 UNSEEN_PROMPTS = 80  # held-out prompts that the sampler answers too, to measure on
@@ -46,8 +49,11 @@ UNSEEN_PROMPTS = 80  # held-out prompts that the sampler answers too, to measure
 @train_app.command()
 def reward(
     start: Annotated[
-        str, typer.Option("--from", metavar="CKPT", help="The chat model to begin with.")
-    ] = "sft",
+        str | None,
+        typer.Option(
+            "--from", metavar="CKPT", help="The chat model to begin with; `sft` if left out."
+        ),
+    ] = None,
     minutes: Minutes = None,
     data: Data = None,
     resume: Resume = False,
@@ -61,9 +67,12 @@ def reward(
         typer.Option(metavar="FILE", help="Your own comparisons, as `tinychat duel` writes them."),
     ] = None,
     samples: Annotated[
-        int,
-        typer.Option(metavar="N", help="Prompts that a model answers itself, to learn its flaws."),
-    ] = 1200,
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=f"Prompts that a model answers itself, to learn its flaws; {SAMPLES} if left out.",
+        ),
+    ] = None,
     sampler: Annotated[
         list[str] | None,
         typer.Option(
@@ -122,19 +131,33 @@ def reward(
     # 1. Everything that can be wrong is found before the first minute is spent.
     if minutes is not None:
         check_minutes(minutes, resume)
-    if samples < 0:
+    if samples is not None and samples < 0:
         raise ConfigError(f"--samples is {samples}; give 0 for none, or a number of prompts.")
     folder = run_folder(run, resume)
-    if resume:
+    samplers_named = [str(find_checkpoint(name)) for name in sampler or []]
+    twins_named = [str(find_checkpoint(name)) for name in average or []]
+    if resume:  # the run goes on with what it began with
         record = read_record(folder, "reward_of")
+        check_as_begun(
+            folder,
+            {
+                "--from": (start and str(find_checkpoint(start)), record["reward_of"]),
+                "--judge": (judge or None, record["judge"]),
+                "--votes": (votes and str(votes), record["votes"]),
+                "--samples": (samples, record["samples"]),
+                "--sampler": (samplers_named or None, record["sampler"]),
+                "--average": (twins_named or None, record.get("average", [])),
+            },
+        )
+        data = data_as_begun(folder, record, data)
     else:
         record = {
-            "reward_of": str(find_checkpoint(start)),
+            "reward_of": str(find_checkpoint(start or "sft")),
             "judge": judge,
             "votes": str(votes) if votes else None,
-            "samples": samples,
-            "sampler": [str(find_checkpoint(name)) for name in sampler or []],
-            "average": [str(find_checkpoint(name)) for name in average or []],
+            "samples": SAMPLES if samples is None else samples,
+            "sampler": samplers_named,
+            "average": twins_named,
             "data": str(data) if data else None,
         }
         record["sha256"] = file_sha256(record["reward_of"])
@@ -150,7 +173,7 @@ def reward(
     gpt, pieces, info = load_model(record["reward_of"])
     check_sequence(config.sequence, gpt.config.context)
     twins = [load_twin(name, record) for name in record.get("average", [])]
-    public = data_folder(record["data"])
+    public = data_folder(data)
     samplers = [gpt]
     if record["sampler"]:
         others = [load_model(name) for name in record["sampler"]]
@@ -169,8 +192,8 @@ def reward(
     unseen = [*parts["validation"], *parts["test"]]
     if not resume:
         write_record(folder, record | {"set": chosen, "minutes": minutes})
-    elif settings:
-        update_record(folder, record | {"set": chosen})
+    else:
+        update_record(folder, record, set=chosen, minutes=minutes, data=data and str(data))
     answered = by_part(corpus_answered())
     answered["train"] = [
         one for one in answered["train"] if for_judge(one.prompt) == record["judge"]

@@ -21,6 +21,7 @@ from tinychat.cli.outcome import (
 from tinychat.cli.progress import print_samples, training_progress
 from tinychat.cli.runs import (
     budget_of,
+    check_as_begun,
     check_minutes,
     check_sequence,
     find_checkpoint,
@@ -94,8 +95,11 @@ def records_of(files: Sequence[str]) -> dict[str, dict[str, str]]:
 @train_app.command()
 def sft(
     start: Annotated[
-        str, typer.Option("--from", metavar="CKPT", help="The base model to begin with.")
-    ] = "base",
+        str | None,
+        typer.Option(
+            "--from", metavar="CKPT", help="The base model to begin with; `base` if left out."
+        ),
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Must be the size of the base model, if given."),
@@ -145,18 +149,28 @@ def sft(
     if longest is not None and longest < 1:
         raise ConfigError(f"--longest is {longest}; it must be 1 or more.")
     folder = run_folder(run, resume)
-    record: dict[str, Any] = (
-        read_record(folder, "from") if resume else {"from": str(find_checkpoint(start))}
-    )
+    files = [str(file) for file in data or []]
+    if resume:  # the run goes on with the conversations that it began with
+        record: dict[str, Any] = read_record(folder, "from")
+        begun_with = record.get("data", [])
+        check_as_begun(
+            folder,
+            {
+                "--from": (start and str(find_checkpoint(start)), record["from"]),
+                "--data": (files or None, begun_with),
+                "--keep-all": (keep_all or None, record.get("keep_all", True)),
+                "--longest": (longest, record.get("longest")),
+            },
+        )
+        files, longest = begun_with, record.get("longest")
+        keep_all = record.get("keep_all", True)
+    else:
+        record = {"from": str(find_checkpoint(start or "base"))}
     chosen = settings_of(record, settings, minutes)
     config = override(SFTConfig(), chosen)
     path = folder / "sft.safetensors"
     if resume and is_finished(path, minutes, settings, "--minutes or --set epochs=N"):
         return
-    files = [str(file) for file in data or []] or record.get("data", [])
-    if resume:  # the run goes on with the conversations that it began with
-        keep_all = record.get("keep_all", True)
-        longest = record.get("longest")
     minutes = minutes or budget_of(record, folder)
     place = pick_device(device)
     set_threads()
@@ -197,8 +211,8 @@ def sft(
                 "longest": longest,
             },
         )
-    elif settings:
-        update_record(folder, record | {"set": chosen})
+    else:
+        update_record(folder, record, set=chosen, minutes=minutes)
 
     def batches_of(unseen: list[Dialogue]) -> Callable[[], Iterator[Batch]]:
         held_out = PackedConversations(rendered(unseen), config, pieces.pad_id)

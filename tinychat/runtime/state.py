@@ -6,13 +6,14 @@ JSON in its metadata; nothing is pickled. The newest and the one before it are k
 
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinychat.runtime import tensorfile
-from tinychat.runtime.errors import CheckpointError
+from tinychat.runtime.errors import CheckpointError, ConfigError
 from tinychat.runtime.files import reason
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"state-(\d{8,18})\.safetensors")
 _KEY = "tinychat-state"
+_locked: dict[tuple[int, int], int] = {}  # folder as (device, inode): its open handle
 
 
 def save_state(
@@ -57,6 +59,34 @@ def save_state(
         if number not in (step, previous):
             file.unlink(missing_ok=True)
     return path
+
+
+def lock_run(folder: str | Path) -> None:
+    """Keep a run's folder for this process, until the process ends, be it by SIGKILL.
+
+    The lock is on the folder itself, so that nothing is left behind. Raises ConfigError where
+    another process has it: two would throw each other's states away.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    found = os.fstat(handle)
+    place = found.st_dev, found.st_ino
+    if place in _locked:
+        os.close(handle)
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ConfigError(
+            f"Another tinychat is training in {folder}; wait until it ends, or stop it first."
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    _locked[place] = handle
 
 
 def load_state(folder: str | Path) -> "tuple[dict[str, torch.Tensor], dict[str, Any]] | None":
