@@ -366,8 +366,8 @@ for title, filtered_1V in (
 # ## A penalty for repeating
 #
 # Filters can't stop a loop, because in a loop the repeated token *is* the likely one. Keskar et al.
-# (2019) lower the score of every token that was already used. A positive score is divided by the
-# penalty and a negative one multiplied, so that it goes down either way.
+# (2019) divide the score of every token that was already used by a penalty. A negative score would rise
+# by that, so it is multiplied, as in most programs today: the score goes down either way.
 #
 # The token history is that of *this reply* only. The prompt doesn't count: you may well want the
 # model to use your own words, and the token that ends a turn stands in every prompt of a chat. A
@@ -378,8 +378,7 @@ for title, filtered_1V in (
 def penalize(logits_BV: Tensor, history_BT: Tensor, penalty: float) -> Tensor:
     """Push the scores of the tokens in `history_BT` down, whichever sign they have.
 
-    A token counts once, however often it came (Keskar et al. 2019, section 4.1). Rows of
-    different lengths are filled up with the padding token, which no reply wants anyway.
+    A token counts once, however often it came (Keskar et al. 2019, section 4.1).
     """
     seen_BT = logits_BV.gather(1, history_BT)
     seen_BT = torch.where(seen_BT > 0, seen_BT / penalty, seen_BT * penalty)
@@ -821,7 +820,7 @@ def generate_batch(
     pad_id: int = 0,
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """Return one reply a prompt, in their order; for evaluation and rollouts.
+    """Return one reply a prompt, in their order; for evaluation and samples.
 
     Prompts of similar length share a batch of at most `rows`. The shorter ones are padded on the
     left in a segment of their own that no real token looks at. `keep_stop` leaves the token that
@@ -1303,8 +1302,9 @@ assert "".join(until(iter("aab"), "ab")) == "a"
 # ## What we left out
 #
 # - **Beam search** keeps several texts, cuts the unlikely ones at every token and returns the most
-#   likely of all. That helps translation, where one right answer exists. In open conversation it is
-#   duller still than greedy decoding (Holtzman et al. 2020); drafts are drawn, and only then compared.
+#   likely of all. That helps translation, where one right answer exists. In open text it is
+#   bland and repeats itself, as greedy decoding does (Holtzman et al. 2020); drafts are drawn, and only
+#   then compared.
 # - **Speculative decoding**: a small model guesses, the large one checks several tokens in one go.
 #   Chapter 14 builds it.
 # - **Paged caches and continuous batching**: servers with many users cut the cache into pages and
@@ -1314,7 +1314,7 @@ assert "".join(until(iter("aab"), "ab")) == "a"
 # ## Where this is in the package
 #
 # Everything tagged `export` here is `tinychat/generation.py`. The chat session calls `generate` with
-# a cache that lives as long as the conversation; evaluation and PPO call `generate_batch`.
+# a cache that lives as long as the conversation; evaluation calls `generate_batch`.
 #
 # ## Sources
 #

@@ -606,7 +606,7 @@ def length_correlation(groups: Sequence[Group], marks: Sequence[Sequence[float]]
 # A number needs something to stand beside it. How far do you get with *words alone*? The next cell
 # gives each token a weight, and a reply the sum of the weights of the tokens in it (a **bag of
 # words**). Each token counts once, and the sum is divided by the root of their number, so that a long
-# reply isn't ahead by its length. No order, no prompt, no network. What that reaches is no achievement
+# reply is less ahead by its length. No order, no prompt, no network. What that reaches is no achievement
 # of your reward model.
 
 
@@ -1131,7 +1131,7 @@ print(f"the two means agree: correlation {float(torch.corrcoef(torch.stack(means
 # Look back at the line *own or foreign*. A small reward model hardly learns to read the question, even
 # from examples that ask for nothing else. But you have a model that was trained on exactly this: the
 # chat model. It knows which reply is *likely* behind which question. How much likelier is a reply
-# behind its own question than behind a blank one? In nats a token, that is the **pointwise mutual
+# behind its own question than behind a blank one? In nats a token, that estimates the **pointwise mutual
 # information** of question and reply (Li et al. 2016). "I don't know. Tell me what you'd like." is as
 # likely behind anything, and gets about zero.
 

@@ -487,9 +487,10 @@ for baseline in (False, True):
 # %% [markdown]
 # ## A baseline against the noise
 #
-# In the first line, a reply is pushed *up* whenever its mark is above zero, even when it was a poor
-# one for this model. Only because good ones are pushed up more does anything happen at all. The
-# second line subtracts the mean mark. Now the better half goes up and the worse half goes down.
+# In the first line, all depends on whether a mark is above zero. At first nearly none is, since a reply
+# without an end loses half a mark, and nearly all replies are pushed down; later all are pushed *up*,
+# poor ones too. Only the differences between them teach anything. The second line subtracts the mean
+# mark. Now the better half goes up and the worse half goes down.
 #
 # The last column compares eight gradients of one and the same model: 1 would mean that all point
 # the same way. The baseline is allowed because it doesn't depend on the reply. Put a constant $b$ in
@@ -591,7 +592,7 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def expect(self, score: float) -> None:
-        """Set the last layer so that the value is this score everywhere (Huang et al. 2024)."""
+        """Set the last layer so that the value is this score everywhere."""
         last = self.value[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
@@ -671,8 +672,7 @@ torch.testing.assert_close(rewards_BT, torch.tensor([[0, -0.1, 3.0, 0], [0, 0, 0
 # But if the model answers each prompt a few times, the siblings tell what was to be expected. Take the
 # mean score of the *other* replies off each score (REINFORCE with a leave-one-out baseline, Kool et al.
 # 2019; Ahmadian et al. 2024 align language models with it). It is a baseline that doesn't depend on the
-# reply itself, so nothing is distorted. And where all siblings score alike, nothing is to be learned,
-# and nothing is pushed.
+# reply itself, so nothing is distorted. And where all siblings score alike, their scores push nothing.
 
 
 # %% tags=["export"]
@@ -1431,7 +1431,7 @@ for name, rows in results.items():
 
 
 # %%
-# alt: Score over steps: the whole recipe reaches the top, the runs with a broken detail stay below.
+# alt: Score over steps: the whole recipe reaches the top, some of the runs with a broken detail stay below.
 def draw_breaks(plt):
     figure, axis = plt.subplots(figsize=(8, 4.5))
     styles = itertools.cycle(("-", "--", ":", "-."))
@@ -1520,7 +1520,8 @@ for beta, curve_of in hacked.items():
 # of our prompts are such questions: right earns a mark, wrong loses one, whatever the reward model thinks
 # of it. Lambert et al. (2024) call that **verifiable rewards**; models that learn to reason are trained
 # with little else. For ours it is a guard: without it, PPO makes the replies smoother and the facts fewer,
-# because the reward model hears tone better than truth.
+# because the reward model hears tone better than truth. (`tinychat train ppo` has all three. The quick run
+# below, under "Your own chatbot", is paid by the mark alone: look out for what it finds.)
 #
 # Here are the real runs of our lab notes, with a chat model and a reward model of ours. Drag the step
 # along the run, then drag beta: how far would the run have gone if each nat had cost that much?
@@ -1530,8 +1531,9 @@ for beta, curve_of in hacked.items():
 # ## Best of n
 #
 # There is a way to raise marks without training anything: draw n replies, keep the best one. It costs
-# n times as much at each answer. And it has a distance too: log n - (n - 1) / n nats, no matter what
-# the rewards are (Stiennon et al. 2020). So the two can be compared at equal distance.
+# n times as much at each answer. And it has a distance too: at most log n - (n - 1) / n nats, whatever
+# the rewards are (Stiennon et al. 2020; Beirami et al. 2024 show that it is a bound). Where many replies
+# have the same mark, as with our toy's whole numbers, it is nearer than that.
 
 
 # %%
@@ -1550,9 +1552,9 @@ def best_of(n: int) -> tuple[float, float, float]:
 
 
 chosen = {n: best_of(n) for n in ((1, 4) if FAST else (1, 4, 16, 64))}
-print("   n    KL  proxy  truth")
+print("   n  KL <=  proxy  truth")
 for n, (distance, proxy_mark, true_mark) in chosen.items():
-    print(f"{n:4} {distance:5.2f} {proxy_mark:6.2f} {true_mark:6.2f}")
+    print(f"{n:4} {distance:6.2f} {proxy_mark:6.2f} {true_mark:6.2f}")
 
 
 # %%
@@ -1565,7 +1567,11 @@ def draw_hack(plt):
     kept = list(chosen.values())
     axis.plot([p[0] for p in kept], [p[1] for p in kept], "o-", label="best of n, proxy")
     axis.plot([p[0] for p in kept], [p[2] for p in kept], "s--", label="best of n, truth")
-    axis.set(xlabel="KL to the reference, nats a reply", ylabel="mark", ylim=(0, 1.05))
+    axis.set(
+        xlabel="KL to the reference, nats a reply (best of n: at most)",
+        ylabel="mark",
+        ylim=(0, 1.05),
+    )
     axis.legend()
     return figure
 
@@ -1706,9 +1712,12 @@ for wins in (28, 30, 33, 36):
 others = [group for group in by_part(corpus_ranked())["train"] if not for_judge(group.prompt)]
 pairs = sum(len(group.pairs) for group in others)
 print(f"\nof our corpus the reward model reads {len(others)} prompts, and {pairs} pairs of replies")
-print(f"of all prompts that it learns from, yours are {VOTES / (VOTES + len(others)):.1%}")
+print(f"beside those alone, your votes would be {VOTES / (VOTES + len(others)):.1%} of the prompts")
 
 # %% [markdown]
+# (The command adds thousands of prompts of other kinds, and keeps some of your votes for measuring, so
+# that the true share is smaller still.)
+#
 # So a small lead in one sitting proves nothing: `tinychat duel --report check.jsonl` prints the
 # interval, and says when chance could have done it. And one sitting doesn't make a new taste. It bends
 # the old one a little, and only where your votes agree with each other: a wish that shows in nearly
@@ -1750,8 +1759,9 @@ def leave_one_out(scores_PK: Tensor) -> Tensor:
 torch.testing.assert_close(
     leave_one_out(torch.tensor([[1.0, 2.0, 6.0]])), torch.tensor([[-3.0, -1.5, 4.5]])
 )
-# A baseline may not depend on the reply that it judges. The mean of all k does: a part of each
-# reply's own score would be subtracted from itself.
+# A baseline may not depend on the reply that it judges. The mean of all k does: a k-th of each reply's
+# own score is subtracted from itself. That makes every push (k - 1) / k as large, and does no other
+# harm, which is why `minus_siblings` can begin with it.
 
 
 def in_groups(steps: int, k: int = 4) -> list[float]:
@@ -1875,10 +1885,10 @@ torch.testing.assert_close(found_3, best_3, atol=2e-3, rtol=0)
 #
 # - **A second model for the values**, begun from the reward model. Better guesses, at twice the cost.
 # - **Mixing in pretraining.** InstructGPT added some of the base's loss (PPO-ptx), against forgetting.
-# - **Marks that can be checked.** Where an answer is right or wrong, as in sums or programs, a few lines
-#   of code are the reward, and no reward model can be fooled. nanochat trains on school sums so, with
-#   the groups of exercise 2 and no KL at all, and counts how often one of k tries is right (pass@k).
-#   Our chatbot has nothing to be right about.
+# - **Marks that can be checked, and no others.** Where an answer is right or wrong, as in sums or programs, a few lines
+#   of code are the reward, and no reward model can be fooled. Our checked questions are a guard beside
+#   a learned mark. nanochat trains on school sums alone, with the groups of exercise 2 and no KL at
+#   all, and counts how often one of k tries is right (pass@k).
 # - **Whitened rewards and capped scores.** TRL offers both, against marks of wild size. Our reward model
 #   has its yardstick (chapter 11), and the advantages are whitened anyway.
 # - **Entropy bonus.** Games pay the policy for hesitating, so that it goes on trying. Here the KL does
@@ -1905,6 +1915,8 @@ torch.testing.assert_close(found_3, best_3, atol=2e-3, rtol=0)
 #   Preferences](https://arxiv.org/abs/1909.08593) (2019). The KL penalty and its controller.
 # - N. Stiennon et al.: [Learning to summarize from human feedback](https://arxiv.org/abs/2009.01325)
 #   (2020). Best of n, and its distance.
+# - A. Beirami et al.: [Theoretical guarantees on the best-of-n alignment
+#   policy](https://arxiv.org/abs/2401.01879) (2024). That this distance is an upper bound.
 # - J. Schulman: [Approximating KL Divergence](http://joschu.net/blog/kl-approx.html) (2020). k1 and k3.
 # - L. Ouyang et al.: [Training language models to follow instructions with human
 #   feedback](https://arxiv.org/abs/2203.02155) (2022).

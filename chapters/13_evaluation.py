@@ -232,8 +232,8 @@ trained_on = {prompt_key(group.prompt) for group in parts["train"]}
 assert not {prompt_key(prompt) for prompt in asked} & trained_on
 
 # %% [markdown]
-# Then the answers. Every model gets the same prompts, the same dice and the same settings, those of
-# the chat.
+# Then the answers. Every model gets the same prompts, the same dice and the same settings: the chat's
+# temperature and top-p, but one draft, and short replies.
 
 
 # %% tags=["export"]
@@ -263,7 +263,7 @@ def answer_all(
 
     Most replies are short. So all are written up to `FIRST` tokens, and then the few that have not
     ended go on by themselves: the long ones don't keep the others waiting. With several drafts of
-    each sentence, every reply is written in one go.
+    each sentence, or a penalty for repeating, every reply is written in one go.
     """
     asked = [
         render_prompt(p, tokenizer, context=model.config.context, reserve=sampling.max_tokens)
@@ -272,7 +272,8 @@ def answer_all(
     stop, dice = stop_ids(tokenizer), make_generator(sampling.seed, model.device)
     replies: list[list[int]] = [[] for _ in asked]
     unfinished, begin = list(range(len(asked))), 0
-    first = sampling.max_tokens if sampling.side_by_side > 1 else min(FIRST, sampling.max_tokens)
+    whole = sampling.side_by_side > 1 or sampling.repetition_penalty != 1  # it looks at all before
+    first = sampling.max_tokens if whole else min(FIRST, sampling.max_tokens)
     for limit in (first, sampling.max_tokens):
         if not unfinished or limit == begin:
             break
@@ -659,12 +660,15 @@ else:
     marker, its_tokenizer, judge_info = load_reward(JUDGE)
     print(f"a judge of our own: {result.steps} steps, {JUDGE}")
 test_groups = tokenize_groups(ranked[: amount(200, 80, 6)], its_tokenizer, sequence=256)
-judged = judge(test_groups, score_groups(marker, test_groups, its_tokenizer.pad_id))
-right = wilson(accuracy(judged) * len(judged), len(judged))
-print(f"it finds the better of two held-out replies in {right.show()} of {len(judged)} pairs")
+marks = score_groups(marker, test_groups, its_tokenizer.pad_id)
+by_prompt = [judge([group], [some]) for group, some in zip(test_groups, marks, strict=True)]
+sizes = [len(pairs) for pairs in by_prompt]
+right = bootstrap([accuracy(pairs) for pairs in by_prompt], sizes)
+print(f"it finds the better of two held-out replies in {right.show()} of {sum(sizes)} pairs")
 
 # %% [markdown]
-# Mind that last line. If its interval holds 50 %, this judge knows nothing yet, and what follows is
+# (Pairs of one prompt share their replies, so that the prompts are drawn, and not the pairs.) Mind that
+# last line. If its interval holds 50 %, this judge knows nothing yet, and what follows is
 # practice only. Give it more minutes (`TINYCHAT_MINUTES=10`), or make one with `tinychat train reward
 # --judge`.
 #
@@ -1036,8 +1040,8 @@ for question, text in passed[:5]:
 
 # %% [markdown]
 # A small model often says the right word by accident, in a sentence without sense. The rule sees
-# the word. So these shares are an upper limit, and they are for *comparing* two models, not for
-# boasting.
+# the word, and misses a good reply in other words. So these shares are for *comparing* two models, not
+# for boasting.
 #
 # ## Making things up
 #
@@ -1053,8 +1057,8 @@ for question, text in passed[:5]:
 # %%
 for name, sets in verdicts.items():
     known_ones, unknown = sets["known"], sets["unknown"]
-    invents = wilson(unknown["bad"], unknown.total())
-    print(f"{name:>10}: invents an answer to {invents.show('.0%')} of what doesn't exist,")
+    silent = wilson(unknown["bad"], unknown.total())
+    print(f"{name:>10}: doesn't admit it for {silent.show('.0%')} of what it can't know,")
     print(f"{'':>12}knows {known_ones['good']} of {known_ones.total()}, admits", end=" ")
     print(f"ignorance of {known_ones['unclear']} that it could know")
 
@@ -1240,7 +1244,7 @@ assert kappa(0.8, 0.9, 0.9) < 0 < kappa(0.8, 0.5, 0.5) and kappa(1, 0.7, 0.7) ==
 # 3. It praises its own mistakes, which the policy has learned.
 # 4. Not if its interval is above 50 %. Wrong verdicts at random pull the rate towards 50 %, not away
 #    from it. Shared weaknesses of judge and teacher are another matter.
-# 5. Ask what it knows. Silence never invents.
+# 5. Ask what it knows, too. Who always says "I don't know" invents nothing.
 # 6. So that a liking for one side helps both models alike.
 #
 # </details>

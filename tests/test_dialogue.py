@@ -195,6 +195,16 @@ def test_each_reason_by_name():
     }
 
 
+def test_what_goes_itself_makes_no_other_a_copy():
+    mail = dialogue("mail", LONG + " write to ann.lee@example.org", "Done.")
+    without = dialogue("without", LONG + " write to Ann", "Done.")
+    assert [kept.id for kept in curate([mail, without]).kept] == ["without"]
+    over = dialogue("over", "What is a bear?", "A big animal.", source="a")
+    same = dialogue("same", "What is a bear?", "A big animal.", source="b")
+    first = dialogue("first", "What is a fox?", "A small wild dog.", source="a")
+    assert [kept.id for kept in curate([first, over, same], cap=1).kept] == ["first", "same"]
+
+
 def test_short_greetings_are_no_duplicates_of_each_other():
     found = curate([dialogue("1", "hi", "Hello!"), dialogue("2", "hi", "Hi, what's up?")])
     assert len(found.kept) == 2

@@ -228,6 +228,12 @@ def test_settings_without_sense(values, named):
         SFTConfig(**values)
 
 
+def test_bits_per_byte_need_the_bytes(tmp_path):
+    with pytest.raises(ValueError, match="give token_bytes_V"):
+        finetune(tiny(), [], SFTConfig(sequence=64), tmp_path, pad=0, validation=lambda: [])
+    assert not any(tmp_path.iterdir())
+
+
 def test_rows_longer_than_the_model_reads(tmp_path):
     with pytest.raises(ConfigError, match="sequence is 65; this model reads at most 64"):
         finetune(tiny(), [rendered("a", "b")], SFTConfig(sequence=65), tmp_path / "run", pad=0)

@@ -208,6 +208,9 @@ def shingles(text: str, words: int = 5) -> frozenset[str]:
     )
 
 
+Sketch = tuple[frozenset[str], list[tuple[int, bytes]]]
+
+
 class NearDuplicates:
     """Finds texts that share most of their shingles, without comparing all pairs.
 
@@ -226,20 +229,25 @@ class NearDuplicates:
         self._offsets = draw.integers(0, 2**31, size=size, dtype=np.uint64)
         self._buckets: dict[tuple[int, bytes], list[frozenset[str]]] = defaultdict(list)
 
-    def seen(self, text: str) -> bool:
-        """True if an earlier text was nearly this one; otherwise remember it."""
+    def sketch(self, text: str) -> Sketch:
+        """Return what is compared of a text: its shingles, and the place of each band."""
         mine = shingles(text)
         hashes = np.array([zlib.crc32(shingle.encode()) for shingle in mine], dtype=np.uint64)
         mixed = (hashes[:, None] * self._factors + self._offsets) % np.uint64(2**61 - 1)
         bands = mixed.min(axis=0).reshape(self.BANDS, self.ROWS)
-        keys = [(number, band.tobytes()) for number, band in enumerate(bands)]
-        for key in keys:
-            for other in self._buckets.get(key, ()):
-                if len(mine & other) >= self._overlap * len(mine | other):
-                    return True
+        return mine, [(number, band.tobytes()) for number, band in enumerate(bands)]
+
+    def seen(self, sketch: Sketch) -> bool:
+        """True if a text that was added was nearly this one."""
+        mine, keys = sketch
+        others = (other for key in keys for other in self._buckets.get(key, ()))
+        return any(len(mine & other) >= self._overlap * len(mine | other) for other in others)
+
+    def add(self, sketch: Sketch) -> None:
+        """Remember a text."""
+        mine, keys = sketch
         for key in keys:
             self._buckets[key].append(mine)
-        return False
 
 
 @dataclass(frozen=True)
@@ -285,7 +293,7 @@ def curate(
         source = source_of(dialogue)
         if said in exact:
             reason = "exact copy"
-        elif near.seen(said):
+        elif near.seen(sketch := near.sketch(said)):
             reason = "near copy"
         elif len(beginning) == prefix and beginning in beginnings:
             reason = "long common prefix"
@@ -294,11 +302,12 @@ def curate(
         elif cap is not None and taken[source] >= cap:
             reason = "too many from one source"
         else:
-            kept.append(dialogue)
+            kept.append(dialogue)  # only what stays makes others its copies
+            exact.add(said)
+            near.add(sketch)
             beginnings.add(beginning)
             taken[source] += 1
             reason = None
-        exact.add(said)
         if reason:
             removed[reason].append(dialogue.id)
     return Curated(kept, dict(removed))

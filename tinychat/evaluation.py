@@ -89,7 +89,7 @@ def answer_all(
 
     Most replies are short. So all are written up to `FIRST` tokens, and then the few that have not
     ended go on by themselves: the long ones don't keep the others waiting. With several drafts of
-    each sentence, every reply is written in one go.
+    each sentence, or a penalty for repeating, every reply is written in one go.
     """
     asked = [
         render_prompt(p, tokenizer, context=model.config.context, reserve=sampling.max_tokens)
@@ -98,7 +98,8 @@ def answer_all(
     stop, dice = stop_ids(tokenizer), make_generator(sampling.seed, model.device)
     replies: list[list[int]] = [[] for _ in asked]
     unfinished, begin = list(range(len(asked))), 0
-    first = sampling.max_tokens if sampling.side_by_side > 1 else min(FIRST, sampling.max_tokens)
+    whole = sampling.side_by_side > 1 or sampling.repetition_penalty != 1  # it looks at all before
+    first = sampling.max_tokens if whole else min(FIRST, sampling.max_tokens)
     for limit in (first, sampling.max_tokens):
         if not unfinished or limit == begin:
             break

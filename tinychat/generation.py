@@ -110,8 +110,7 @@ def keep_likely(logits_BV: Tensor, min_p: float) -> Tensor:
 def penalize(logits_BV: Tensor, history_BT: Tensor, penalty: float) -> Tensor:
     """Push the scores of the tokens in `history_BT` down, whichever sign they have.
 
-    A token counts once, however often it came (Keskar et al. 2019, section 4.1). Rows of
-    different lengths are filled up with the padding token, which no reply wants anyway.
+    A token counts once, however often it came (Keskar et al. 2019, section 4.1).
     """
     seen_BT = logits_BV.gather(1, history_BT)
     seen_BT = torch.where(seen_BT > 0, seen_BT / penalty, seen_BT * penalty)
@@ -303,7 +302,7 @@ def generate_batch(
     pad_id: int = 0,
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """Return one reply a prompt, in their order; for evaluation and rollouts.
+    """Return one reply a prompt, in their order; for evaluation and samples.
 
     Prompts of similar length share a batch of at most `rows`. The shorter ones are padded on the
     left in a segment of their own that no real token looks at. `keep_stop` leaves the token that

@@ -315,7 +315,7 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def expect(self, score: float) -> None:
-        """Set the last layer so that the value is this score everywhere (Huang et al. 2024)."""
+        """Set the last layer so that the value is this score everywhere."""
         last = self.value[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
