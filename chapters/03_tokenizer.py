@@ -481,7 +481,10 @@ class Tokenizer:
             raise ConfigError(
                 f"the tokenizer {path} can't be read: {error.strerror or error}"
             ) from error
-        return cls(model)
+        try:
+            return cls(model)
+        except TinychatError as error:
+            raise TinychatError(f"{path}: {error}") from error
 
     @cached_property
     def sha256(self) -> str:

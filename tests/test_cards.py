@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from tinychat.book import cards, report
 from tinychat.book.chapter import BookError
 from tinychat.cli.app import app
+from tinychat.cli.card import all_texts, card
 from tinychat.data import tokenizer_model
 from tinychat.gpt import GPTConfig, save_model
 from tinychat.reward_model import RewardModel, save_reward
@@ -105,6 +106,26 @@ def test_a_card_tells_what_the_file_tells(four):
     assert "| seed | 42 |" in rlhf and "| began with | a file with sha256 `ffffffff" in rlhf
     assert "| marked by | [reward](#reward) with sha256" in rlhf
     assert "Not shipped yet" not in page
+
+
+def test_a_card_of_a_file_that_records_nothing(tmp_path):
+    lineage = {"data": {"mine": {}, "ours": {"licence": "CC0-1.0"}}}
+    tokenizer = Tokenizer(tokenizer_model())
+    model = stirred(SHAPE, 0)
+    path = tmp_path / "base.safetensors"
+    save_model(path, model, stage="base", tokenizer=tokenizer, lineage=lineage, metrics={})
+    page = card(tmp_path)
+    assert "int8 | not recorded | not recorded | not recorded |" in page
+    assert "| mine |  | not recorded | the user |" in page
+    assert "| ours |  | CC0-1.0 | tinychat corpus |" in page
+
+
+def test_weights_owe_what_the_models_before_them_read():
+    base = {"data": {"books": {"licence": "CC-BY-4.0"}, "unread": {"passes": 0}}}
+    sft = {"data": {"talk": {"licence": "CC0-1.0"}}, "ancestors": [base]}
+    rlhf = {"data": {}, "ancestors": [sft, {"data": {"pairs": {"licence": "MIT"}}}]}
+    assert list(all_texts(rlhf)) == ["pairs", "books", "talk"]
+    assert list(all_texts(sft)) == ["books", "talk"]
 
 
 def test_the_report_says_what_is_missing(tmp_path):

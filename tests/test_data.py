@@ -283,6 +283,8 @@ def test_a_bad_file_gives_one_sentence(tmp_path, name, content, words):
         ({"messages": [{"role": "user"}]}, '"content"'),
         ({"messages": [{"role": "user", "content": "hi"}], "train_on": "some"}, "'some'"),
         ({"messages": [{"role": "user", "content": "hi"}], "rejected": "no"}, "rejected"),
+        ({"messages": [{"role": "user", "content": "hi"}] * 2}, "take turns"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, "beginning with the user"),
     ],
 )
 def test_a_bad_dialogue_gives_one_sentence(tmp_path, record, words):

@@ -230,10 +230,15 @@ def test_words_that_are_no_verdict(tmp_path):
         (["models/sft", "--judge", "models/rlhf"], "of the stage rlhf and gives no marks"),
         (["models/sft", "models/sft"], "is named twice"),
         (["models/sft", "--pairs", "p.txt"], "Pairs to read need two models"),
-        (["models/sft", "--prompts", "0"], "0 prompts tell nothing"),
-        (["models/sft", "--prompts", "9999"], "9999 prompts are wanted and only"),
+        (["models/sft", *QUICK, "--prompts", "0"], "0 prompts tell nothing"),
+        (["models/sft", *QUICK, "--prompts", "9999"], "9999 prompts are wanted and only"),
         (["models/sft", "--temperature", "-1"], "temperature is -1"),
         (["models/sft", "--out", "models"], "models is a folder"),
+        (["models/sft", "--out", "/dev/null"], "/dev/null is no file"),
+        (["models/sft", "--out", "models/sft.safetensors/x"], "can't be written"),
+        (["models/sft", "--out", "x", "--save-pairs", "./x"], "name one file; give each its own"),
+        ([*BOTH, "--pairs", "p.txt", "--pair-count", "-5"], "--pair-count is -5"),
+        (["models/sft", "--max-tokens", "160"], "--max-tokens 160 leaves no room for a prompt"),
         (["models/sft", "--max-tokens", "4", "--prompts", "2", "--brief", "--fluency", "no"],
          "no is neither a folder nor a .gguf file"),
         (["--count", "gone.txt"], "gone.txt can't be read"),
@@ -246,6 +251,23 @@ def test_mistakes_are_one_sentence(here, words, sentence):
     assert result.exit_code == 2, result.output
     assert sentence in said(result)
     assert "Traceback" not in result.output
+
+
+def test_the_key_to_verdicts_is_never_overwritten(here):
+    key_path(Path("p.txt")).write_text("the only key")
+    result = run(*BOTH, *QUICK, "--pairs", "p.txt")
+    assert result.exit_code == 2 and f"{key_path(Path('p.txt'))} exists" in said(result)
+    assert key_path(Path("p.txt")).read_text() == "the only key"
+
+
+def test_a_full_disk_does_not_cost_the_figures(here, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tinychat.runtime.files.write_atomic", full)
+    result = run("models/sft", *QUICK, "--brief", "--out", "report.json")
+    assert result.exit_code == 2 and "No space left" in said(result)
+    assert "6 unseen prompts" in result.stdout
 
 
 def test_a_teacher_of_an_ancestor_is_refused_too(here):

@@ -18,7 +18,7 @@ from tinychat.pretraining import TrainConfig
 from tinychat.runtime import device
 from tinychat.runtime.errors import CheckpointError, ConfigError, DataError
 from tinychat.runtime.metrics import MetricsWriter, read_metrics
-from tinychat.runtime.state import load_state, save_state
+from tinychat.runtime.state import load_state, lock_run, save_state
 
 # --- training state ------------------------------------------------------------------------------
 
@@ -157,6 +157,19 @@ def test_wrong_states_are_refused(tmp_path: Path, tensors, scalars, words: str) 
     with pytest.raises(CheckpointError, match=words):
         save_state(tmp_path, tensors, scalars)
     assert names(tmp_path) == ["state-00000002.safetensors"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no flock")
+def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path, holding) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with holding(folder), pytest.raises(ConfigError, match="Another tinychat is training in .*run"):
+        lock_run(folder)
+    lock_run(folder)  # that one was killed
+    lock_run(folder)  # the stages of `train all` are one process
+    with pytest.raises(AssertionError, match="Another tinychat"), holding(folder):
+        pass
+    assert names(folder) == []
 
 
 def test_state_in_a_bad_place(tmp_path: Path) -> None:
@@ -316,6 +329,9 @@ def test_has_compiler(monkeypatch) -> None:
             device.has_compiler.cache_clear()
             assert device.has_compiler() in ((expected,) if expected is not None else (True, False))
         monkeypatch.setenv("CXX", "no-such-compiler -O2")
+        device.has_compiler.cache_clear()
+        assert not device.has_compiler()
+        monkeypatch.setenv("CXX", "'g++")  # an open quote
         device.has_compiler.cache_clear()
         assert not device.has_compiler()
     finally:

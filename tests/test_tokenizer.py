@@ -149,6 +149,9 @@ def test_errors_are_one_sentence(tmp_path):
         Tokenizer(b"")
     with pytest.raises(TinychatError, match="can't be read"):
         Tokenizer.from_file(tmp_path / "none.model")
+    (tmp_path / "README.md").write_text("# a page")
+    with pytest.raises(TinychatError, match=r"README\.md: these 8 bytes are no SentencePiece"):
+        Tokenizer.from_file(tmp_path / "README.md")
     with pytest.raises(TinychatError, match="8192 pieces"):
         train_sentencepiece(["too little"], 8192)
     with pytest.raises(TinychatError, match="of 5 pieces"):

@@ -81,6 +81,13 @@ def test_the_next_vote_mends_the_end_of_the_file(tmp_path, tail, kept):
     assert [one["winner"] for one in found] == ["a", *["tie"] * (kept - 1), "b"]
 
 
+def test_training_reads_what_duel_reads(tmp_path):
+    path = fill(tmp_path / "votes.jsonl", vote())
+    with path.open("ab") as file:
+        file.write(b'{"prompt": [{"role": "us')
+    assert len(read_votes(path)) == len(list(records(path))) == 1
+
+
 def test_a_file_of_which_nothing_is_whole(tmp_path):
     path = tmp_path / "votes.jsonl"
     path.write_bytes(b'{"prom')

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tinychat.cli.card import licence, owner, texts
 from tinychat.cli.info import duration, machine, size
 from tinychat.runtime.checkpoint import STAGES, CheckpointInfo, read_info
 from tinychat.runtime.files import file_sha256
@@ -139,17 +140,11 @@ def facts(info: CheckpointInfo, digests: Mapping[str, str]) -> list[list[str]]:
 
 def data(info: CheckpointInfo) -> list[str]:
     """Return the table of what a model read, with licences; texts that it never saw left out."""
-    entries = {
-        name: entry
-        for name, entry in info.lineage.get("data", {}).items()
-        if entry.get("passes") != 0
-    }
     rows = []
-    for name, entry in entries.items():
+    for name, entry in texts(info.lineage).items():
         amount = next((f"{entry[unit]:,} {unit}" for unit in UNITS if unit in entry), "")
         passes = f", read {entry['passes']:.2f} times" if "passes" in entry else ""
-        owner = entry.get("attribution", "tinychat corpus")
-        rows.append([name, amount + passes, entry["licence"], owner])
+        rows.append([name, amount + passes, licence(entry), owner(entry)])
     if not rows:
         return ["Nothing is recorded."]
     parts = [table(["text", "how much", "licence", "from"], rows)]

@@ -164,9 +164,11 @@ def _question(words: list[str] | None, command: str) -> str:
     example = f'write one, as in tinychat {command} "who are you?".'
     question = " ".join(words or [])
     if not words:
-        if sys.stdin.isatty():
-            raise ConfigError(f"There is no question; {example}")
+        from tinychat.cli.console import is_terminal
         from tinychat.cli.reading import as_text
+
+        if sys.stdin is None or is_terminal(sys.stdin):
+            raise ConfigError(f"There is no question; {example}")
 
         question = as_text(sys.stdin.buffer.read())
     if not question.strip():

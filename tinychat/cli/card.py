@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,17 @@ def card(folder: Path) -> str:
     ]
     for info in infos:
         lineage = info.lineage
-        place = machine(lineage["hardware"])
+        place = machine(lineage.get("hardware", {}))
+        tokens, minutes = lineage.get("tokens"), lineage.get("minutes")
         lines.append(
             f"| {info.path.name} | {info.stage} | {info.parameters:,} | {size(info.bytes)}, "
-            f"{info.dtype} | {lineage['tokens']:,} | {lineage['minutes']:g} | {place} |"
+            f"{info.dtype} | {'not recorded' if tokens is None else f'{tokens:,}'} | "
+            f"{'not recorded' if minutes is None else f'{minutes:g}'} | {place} |"
         )
     for info in infos:
-        lines += ["", f"## {info.path.name}", "", *figures(info), "", *sources(info)]
+        lines += ["", f"## {info.path.name}", "", *figures(info), "", *sources(info.lineage)]
+        if info.lineage.get("ancestors"):
+            lines += ["", "And all that the models before it read."]
     lines += [
         "",
         "The texts are not in this repository. Weights learned from them are published with "
@@ -54,15 +59,36 @@ def figures(info: CheckpointInfo) -> list[str]:
     return rows
 
 
-def sources(info: CheckpointInfo) -> list[str]:
+def sources(lineage: Mapping[str, Any]) -> list[str]:
     rows = ["| read | passes | licence | from |", "| --- | --- | --- | --- |"]
-    data: dict[str, Any] = info.lineage.get("data", {})
-    for name, entry in data.items():
+    for name, entry in texts(lineage).items():
         passes = entry.get("passes")
-        if passes == 0:
-            continue
         rows.append(
-            f"| {name} | {'' if passes is None else f'{passes:.2f}'} | {entry['licence']} | "
-            f"{entry.get('attribution', 'tinychat corpus')} |"
+            f"| {name} | {'' if passes is None else f'{passes:.2f}'} | {licence(entry)} | "
+            f"{owner(entry)} |"
         )
     return rows
+
+
+def texts(lineage: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What was read, by name; texts that were there and never read are left out."""
+    data: Mapping[str, Mapping[str, Any]] = lineage.get("data", {})
+    return {name: entry for name, entry in data.items() if entry.get("passes") != 0}
+
+
+def all_texts(lineage: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The same, with all that the models before it read: weights owe their sources through them."""
+    found = texts(lineage)
+    for ancestor in lineage.get("ancestors", []):
+        found = all_texts(ancestor) | found
+    return found
+
+
+def licence(entry: Mapping[str, Any]) -> str:
+    return str(entry.get("licence", "not recorded"))
+
+
+def owner(entry: Mapping[str, Any]) -> str:
+    """Whom a text is from. Ours is CC0; another one without a name came from whoever trained."""
+    ours = "tinychat corpus" if licence(entry) == "CC0-1.0" else "the user"
+    return str(entry.get("attribution", ours))

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from tinychat.cli.compare import Comparing
 from tinychat.cli.config import OPTIONS, RANDOM, shown
+from tinychat.cli.console import printable, shortened
 from tinychat.cli.errors import nearest, sentence
 from tinychat.cli.filing import Filing
 from tinychat.cli.progress import millions
@@ -55,7 +56,9 @@ class Talking:
     def do_undo(self, _: str) -> None:
         """/undo: forget the last message and its reply"""
         said = self._chat.session.undo()
-        self._chat.screen.note("nothing to undo" if said is None else f"forgotten: {_short(said)}")
+        self._chat.screen.note(
+            "nothing to undo" if said is None else f"forgotten: {shortened(said)}"
+        )
         self._chat.on_turn()
 
     def do_continue(self, _: str) -> None:
@@ -130,7 +133,7 @@ class Tuning:
         for name, value in asdict(session.sampling).items():
             table.add_row(name, RANDOM if value is None else shown(value))
         table.add_row("render", chat.screen.render)
-        table.add_row("system", Text(session.system or "none"))
+        table.add_row("system", Text(printable(session.system or "none")))
         table.add_row("turns", str(len(session.messages) // 2))
         if chat.journal is not None:
             table.add_row("kept in", Text(str(chat.journal.path or "nothing yet")))
@@ -148,7 +151,8 @@ class Tuning:
         table.add_row("reply", f"{last.written} tokens in {last.seconds:.2f} s")
         if last.written:
             table.add_row("first token", f"after {last.first * 1000:.0f} ms")
-            table.add_row("speed", f"{last.tokens_per_second:.0f} tokens/s after the first")
+            after = " after the first" if last.drafts == 1 else ""
+            table.add_row("speed", f"{last.tokens_per_second:.0f} tokens/s{after}")
         used = last.prompt + last.written
         table.add_row("context", f"{used} of {self._chat.session.context} tokens")
         self._chat.screen.show(table)
@@ -264,11 +268,6 @@ def _words(before: list[str]) -> Iterator[str]:
 
 def _names(group: Any) -> list[str]:
     return [name.removeprefix("do_") for name in vars(group) if name.startswith("do_")]
-
-
-def _short(text: str, width: int = 60) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 3] + "..."
 
 
 def _table() -> Table:

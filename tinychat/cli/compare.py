@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinychat.cli import loading
-from tinychat.cli.console import Screen, printable
+from tinychat.cli.console import Screen, print_json, printable
 from tinychat.cli.progress import millions
 from tinychat.cli.loading import Loading, choose
 from tinychat.data.records import Message
@@ -81,7 +80,7 @@ def replies(
     system: str | None,
     screen: Screen,
 ) -> Iterator[Contender]:
-    """Let one model after the other answer; only one is in memory at a time."""
+    """Let one model after the other answer, each in a session of its own."""
     for name, info in models:
         with screen.waiting(f"{name} is writing ..."):
             session = loading.open_session(info, settings, system)
@@ -151,7 +150,7 @@ def compare(
                 for contender in found
             ],
         }
-        print(json.dumps(record, ensure_ascii=False))
+        print_json(record)
     elif screen.out.is_terminal:
         screen.out.print(side_by_side(found, screen.out.width))
         screen.note(f"seed {settings['seed']}")

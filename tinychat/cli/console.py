@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
 
@@ -16,6 +18,23 @@ _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) 
 def printable(text: str) -> str:
     """The text without control characters; line breaks and tabs stay."""
     return text.translate(_CONTROLS)
+
+
+def shortened(text: str, width: int = 60) -> str:
+    """The text in one printable line of at most `width` characters."""
+    line = " ".join(printable(text).split())
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def is_terminal(stream: Any) -> bool:
+    """True where a person sits at it; a standard stream that was closed is None."""
+    return stream is not None and not stream.closed and bool(stream.isatty())
+
+
+def print_json(record: Any) -> None:
+    """One line of JSON for other programs; \\u escapes where the pipe is not UTF-8 (Windows)."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
+    print(json.dumps(record, ensure_ascii=encoding != "utf8"))
 
 
 Render = Literal["auto", "markdown", "plain"]
@@ -76,11 +95,11 @@ class Screen:
 
     def note(self, text: str) -> None:
         """A remark of the program, not of the model."""
-        self.aside.print(Text(f"({text})", style="dim"))
+        self.aside.print(Text(f"({printable(text)})", style="dim"))
 
     def complain(self, text: str) -> None:
         """Something that did not work, after which the conversation goes on."""
-        self.aside.print(Text(text, style="red"))
+        self.aside.print(Text(printable(text), style="red"))
 
     def show(self, thing: RenderableType) -> None:
         self.aside.print(thing)

@@ -118,6 +118,11 @@ def choose_prompts(
         readers[marker[1].sha256] = marker[1]
         reads.append(marker[0].gpt.config.context)
     room = min(LONGEST, min(reads) - max_tokens - 8)
+    if room < 1:
+        raise ConfigError(
+            f"--max-tokens {max_tokens} leaves no room for a prompt: one of the models reads "
+            f"{min(reads)} tokens; give fewer."
+        )
 
     def fits(prompt: Prompt) -> bool:
         return all(len(render_prompt(prompt, reader)) <= room for reader in readers.values())

@@ -119,7 +119,7 @@ def evaluate(
     """
     from rich.console import Console
 
-    from tinychat.cli.blind import count_verdicts, write_blind
+    from tinychat.cli.blind import count_verdicts, key_path, write_blind
 
     if count is not None:
         if models:
@@ -138,22 +138,25 @@ def evaluate(
     from tinychat.evaluation import answer_all, give_marks
     from tinychat.generation import Sampling
     from tinychat.runtime.device import pick_device, set_threads
+    from tinychat.runtime.files import check_target, write_atomic
 
     # 1. Everything that can be wrong is found before the work begins.
-    for path in (out, save_pairs, pairs):
-        if path is not None and path.is_dir():
-            raise ConfigError(f"{path} is a folder; name a file in it.")
-    if pairs and pairs.exists():
-        raise ConfigError(f"{pairs} exists, perhaps with verdicts in it; name another file.")
+    if pair_count < 1:
+        raise ConfigError(f"--pair-count is {pair_count}; ask for at least 1.")
+    for path in (pairs, key_path(pairs)) if pairs else ():
+        if path.exists():
+            raise ConfigError(f"{path} exists, perhaps with verdicts in it; name another file.")
+    targets = [path for path in (out, save_pairs, pairs) if path is not None]
+    if len({path.resolve() for path in targets}) < len(targets):
+        raise ConfigError("--out, --save-pairs and --pairs name one file; give each its own.")
     sampling = Sampling(
         temperature=temperature, top_p=top_p, max_tokens=max_tokens, drafts=drafts, seed=seed
     )
     infos = find_models(models)
     judge_info = find_judge(judge, infos.values()) if judge else None
     teacher_info = find_teacher(reward, judge_info) if reward else None
-    for path in (out, save_pairs, pairs):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+    for path in targets:
+        check_target(path)
     place = pick_device(device)
     set_threads()
     screen, started = Console(stderr=True, highlight=False), time.monotonic()
@@ -209,14 +212,12 @@ def evaluate(
                 report["models"][name]["perplexity"] = value
     report |= footnotes(time.monotonic() - started)
 
-    # 4. Write and show.
+    # 4. Show, then write: a full disk must not cost the figures.
+    print_report(report)
     if out:
-        from tinychat.runtime.files import write_atomic
-
         write_atomic(out, [(json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()])
     if save_pairs:
         save_answers(save_pairs, asked, answers, marks)
-    print_report(report)
     if pairs:
         first, second = contestants[:2]
         both = [

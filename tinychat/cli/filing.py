@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinychat.cli.console import printable
+from tinychat.cli.console import printable, shortened
 from tinychat.cli.errors import sentence
 from tinychat.runtime.errors import ConfigError
 
@@ -161,9 +161,4 @@ def welcome_back(chat: Chat, saved: SavedChat) -> None:
     if saved.messages:
         last = saved.messages[-2:]
         for speaker, message in zip(("you", "tinychat"), last, strict=True):
-            chat.screen.note(f"{speaker}: {_short(message.content)}")
-
-
-def _short(text: str, width: int = 60) -> str:
-    line = " ".join(printable(text).split())
-    return line if len(line) <= width else line[: width - 3] + "..."
+            chat.screen.note(f"{speaker}: {shortened(message.content)}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinychat.cli.card import figures, sources
+from tinychat.cli.card import all_texts, figures, sources
 from tinychat.cli.errors import nearest
 from tinychat.cli.flags import checkpoint_names
 from tinychat.runtime.errors import ConfigError
@@ -308,6 +308,6 @@ def readme(info: CheckpointInfo, name: str) -> str:
         "",
         *figures(info),
         "",
-        *sources(info),
+        *sources({"data": all_texts(info.lineage)}),
     ]
     return "\n".join(lines) + "\n"

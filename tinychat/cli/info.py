@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from tinychat.cli.console import print_json, printable
 from tinychat.runtime.checkpoint import CheckpointInfo, find, read_info, search_folders
 from tinychat.runtime.errors import CheckpointError, DataError
 
@@ -22,7 +22,7 @@ def show_info(name: str, as_json: bool) -> None:
     """Print the header of one checkpoint."""
     info = read_info(find(name))
     if as_json:
-        print(json.dumps({**asdict(info), "path": str(info.path)}, ensure_ascii=False))
+        print_json({**asdict(info), "path": str(info.path)})
         return
     table = Table(title=Text(str(info.path)), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
@@ -30,7 +30,7 @@ def show_info(name: str, as_json: bool) -> None:
     table.add_row("stage", info.stage)
     table.add_row("parameters", f"{info.parameters:,}")
     table.add_row("on disk", f"{size(info.bytes)}, {info.dtype}, format {info.format}")
-    table.add_row("chat template", Text(info.chat_template))
+    table.add_row("chat template", Text(printable(info.chat_template)))
     table.add_row("tokenizer", Text(info.tokenizer_sha256))
     for title in ("config", "lineage", "metrics"):
         table.add_section()
@@ -38,7 +38,8 @@ def show_info(name: str, as_json: bool) -> None:
         if not entries:
             table.add_row(title, Text("nothing recorded", style="dim"))
         for key, value in entries.items():
-            table.add_row(Text(str(key).replace("_", " ")), Text(plain(key, value)))
+            name, told = str(key).replace("_", " "), plain(key, value)
+            table.add_row(*(Text(printable(text)) for text in (name, told)))
     Console().print(table)
 
 
@@ -49,7 +50,7 @@ def show_models(as_json: bool) -> None:
             {"name": path.stem, "path": str(path), "from": origin(path), **_summary(info)}
             for path, info in found_models()
         ]
-        print(json.dumps(rows, ensure_ascii=False))
+        print_json(rows)
         return
     Console().print(models_table())
 
@@ -199,6 +200,8 @@ def duration(seconds: float) -> str:
 
 def machine(hardware: Mapping[str, Any]) -> str:
     """The part that did the work: "NVIDIA H100", or "2 cores of AMD EPYC"."""
+    if not {"cores", "cpu", "gpus"} <= hardware.keys():
+        return "not recorded"
     cores = f"{hardware['cores']} core{'s' * (hardware['cores'] != 1)} of {hardware['cpu']}"
     return ", ".join(gpu["name"] for gpu in hardware["gpus"]) or cores
 

@@ -41,10 +41,12 @@ def source_record(name: str, shard: TokenShard, passes: Mapping[str, float]) -> 
     from tinychat.data.public import sources
 
     public = {entry.name: entry for entry in sources()}.get(name)
-    own = "CC0-1.0" if name in EMBEDDED else "the user's"
+    own, theirs = "the user's", "the user"
+    if name in EMBEDDED:
+        own, theirs = "CC0-1.0", "tinychat corpus"
     return {
         "licence": public.licence if public else own,
-        "attribution": public.attribution if public else "tinychat corpus",
+        "attribution": public.attribution if public else theirs,
         "sha256": public.sha256 if public else shard.sha256,
         "tokens": shard.tokens,
         "passes": round(passes[shard.source], 3),

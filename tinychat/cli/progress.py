@@ -51,7 +51,7 @@ def training_progress(
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True, quiet=not enabled)
-    console.print(f"{title}: {millions(parameters)}. The first step compiles.")
+    console.print(f"{title}: {millions(parameters)}. The first step takes longest.")
     columns = (
         TextColumn("step {task.completed}/{task.fields[steps]}"),
         BarColumn(bar_width=24),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.text import Text
 
-from tinychat.cli.console import Screen, printable
+from tinychat.cli.console import Screen, is_terminal, printable
 from tinychat.cli.keys import Keys, LineKeys, keys_here
 from tinychat.cli.loading import Loading, choose
 from tinychat.cli.tally import told
@@ -77,7 +77,7 @@ def hold(
             f"`tinychat duel {infos[0].path.stem}` lets it meet itself."
         )
     check_file(path)
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    interactive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
     screen = Screen(interactive)
     dice = random.Random(settings["seed"])
     reader: Reader | None = None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 
 from tinychat.cli.config import Settings
-from tinychat.cli.console import Screen
+from tinychat.cli.console import Screen, is_terminal, print_json
 from tinychat.cli.loading import Loading, choose
 from tinychat.runtime.errors import ConfigError
 
@@ -37,7 +36,7 @@ def talk(now: Settings, *, newest: bool = False, load: str | None = None) -> Non
     if saved is not None and now.values["system"].source != "--system":
         system = saved.system
     loading = Loading(info, now.sampling, system)
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    interactive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
     screen = Screen(interactive, render=now["render"])
     # A pipe's chat is kept when that was asked for.
     asked = saved is not None or now.values["save"].source == "--save"
@@ -81,7 +80,7 @@ def ask_once(question: str, now: Settings, as_json: bool) -> None:
     session = loading.open_session(info, now.sampling, now["system"] or None)
     pieces = session.reply(question)
     if not as_json:
-        Screen(interactive=sys.stdout.isatty(), render=now["render"]).reply(pieces)
+        Screen(interactive=is_terminal(sys.stdout), render=now["render"]).reply(pieces)
         return
     for _ in pieces:
         pass
@@ -94,4 +93,4 @@ def ask_once(question: str, now: Settings, as_json: bool) -> None:
         "checkpoint": str(info.path),
         "sampling": asdict(session.sampling),
     }
-    print(json.dumps(answer, ensure_ascii=False))
+    print_json(answer)

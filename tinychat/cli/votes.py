@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinychat import __version__
-from tinychat.data.jsonl import parse_lines, read_lines
+from tinychat.data.jsonl import is_json, parse_lines, read_lines, whole_lines
 from tinychat.data.preferences import prompt_key
 from tinychat.data.records import Message
 from tinychat.runtime.errors import DataError
@@ -83,7 +83,7 @@ def append(path: Path, vote: Vote) -> None:
     with os.fdopen(handle, "r+b") as file:
         _lock(file.fileno())  # two duels may write into one file
         tail = _tail(file)
-        if tail and _is_json(tail):  # whoever edited the file last left the line open
+        if tail and is_json(tail):  # whoever edited the file last left the line open
             data = b"\n" + data
         elif tail:
             file.seek(-len(tail), os.SEEK_END)
@@ -106,14 +106,6 @@ def _tail(file: Any) -> bytes:
     return tail.rpartition(b"\n")[2]
 
 
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
 def _lock(handle: int) -> None:
     """Wait until no other process writes. The lock ends with the file."""
     try:
@@ -129,12 +121,12 @@ def check_file(path: Path) -> None:
 
     OSError where the system refuses it, DataError where it holds something else.
     """
-    new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    if new:
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         path.unlink()
-    else:
+    except FileExistsError:
+        os.close(os.open(path, os.O_RDWR))
         for _ in records(path):
             pass
 
@@ -143,10 +135,7 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
     """The votes of a file that need not exist, without one that a crash tore. Raises DataError."""
     if not path.exists() or path.stat().st_size == 0:
         return
-    lines = list(read_lines(path))
-    if not lines[-1].endswith(b"\n") and not _is_json(lines[-1]):
-        lines.pop()
-    for where, record in parse_lines(lines, str(path)):
+    for where, record in parse_lines(whole_lines(read_lines(path)), str(path)):
         if not _is_vote(record):
             raise DataError(
                 f"{where} is no vote (a prompt, the replies a and b, and a winner: a, b, tie or "

@@ -1,7 +1,7 @@
 """Lines of JSON, plain or zstd: read safely, with errors that name file and line."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
 
@@ -68,6 +68,29 @@ def parse_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, dict[s
         if not isinstance(record, dict):
             raise DataError(f"{where} holds {type(record).__name__}, not a JSON object")
         yield where, record
+
+
+def whole_lines(lines: Iterable[bytes]) -> list[bytes]:
+    """The lines without a last one that a crash tore: it has no line break, and is no JSON."""
+    found = list(lines)
+    if found and not found[-1].endswith(b"\n") and not is_json(found[-1]):
+        found.pop()
+    return found
+
+
+def is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def takes_turns(messages: Sequence[Message]) -> bool:
+    """True where user and assistant take turns from the user on, after a system message or none."""
+    roles = [message.role for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    return turns == (["user", "assistant"] * len(turns))[: len(turns)]
 
 
 def text_field(record: dict[str, object], key: str, where: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinychat.data.corpus import dialogues
-from tinychat.data.jsonl import parse_dialogue, parse_lines, read_lines
+from tinychat.data.jsonl import parse_dialogue, parse_lines, read_lines, whole_lines
 from tinychat.data.public import source_path
 from tinychat.data.records import Dialogue, Message
 from tinychat.data.split import Split, split_of
@@ -218,6 +218,8 @@ def _prompt(record: dict[str, object], where: str) -> tuple[Message, ...]:
 
     Neighbours with one role become one turn: some files cut a turn into several.
     """
+    if not isinstance(record.get("prompt"), list) or not record["prompt"]:
+        raise DataError(f'{where} needs a list of messages in the field "prompt"')
     messages: list[Message] = []
     found = parse_dialogue({"messages": record.get("prompt")}, f"{where} (prompt)", "", id="?")
     for message in found.messages:
@@ -254,7 +256,7 @@ def read_votes(path: Path) -> list[Ranked]:
     bad. A tie, good or bad, is a group of two equal replies: nothing to learn from, but a measure.
     """
     votes = []
-    for where, record in parse_lines(read_lines(path), str(path)):
+    for where, record in parse_lines(whole_lines(read_lines(path)), str(path)):
         a, b, winner = record.get("a"), record.get("b"), record.get("winner")
         if not isinstance(a, str) or not isinstance(b, str):
             raise DataError(f'{where} needs two replies, in the fields "a" and "b"')

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tinychat.data.jsonl import parse_dialogue, parse_lines, read_lines, text_field
+from tinychat.data.jsonl import (
+    parse_dialogue,
+    parse_lines,
+    read_lines,
+    takes_turns,
+    text_field,
+)
 from tinychat.data.records import Dialogue, Document, Message
 from tinychat.data.sources import TABLE, Kind, Source
 from tinychat.runtime.errors import DataError
@@ -124,7 +130,7 @@ def read_documents(name: str, folder: Path | None = None) -> Iterator[Document]:
     empty = True
     for where, record in parse_lines(read_lines(path), str(path)):
         if "text" not in record and "messages" in record:
-            raise DataError(f"{where} holds a dialogue, not a text: read it as dialogues")
+            raise DataError(f"{where} holds a dialogue among texts: give it a file of its own")
         text = text_field(record, "text", where)
         empty = False
         yield Document(_id(_document_key(text, name)), text, name)
@@ -157,10 +163,16 @@ def read_dialogues(name: str, folder: Path | None = None) -> Iterator[Dialogue]:
     """
     path = source_path(name, folder)
     unfilled = PLACEHOLDERS.get(name)
+    source_is_own = all(entry.name != name for entry in TABLE)
     empty = True
     for where, record in parse_lines(read_lines(path), str(path)):
         dialogue = parse_dialogue(record, where, source=name, id="?")
         empty = False
+        if source_is_own and not takes_turns(dialogue.messages):
+            raise DataError(
+                f"{where}: after an optional system message, user and assistant take turns, "
+                "beginning with the user; change the order of its messages"
+            )
         if unfilled and any(unfilled.search(message.content) for message in dialogue.messages):
             continue
         yield Dialogue(

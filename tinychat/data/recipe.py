@@ -47,7 +47,7 @@ def shares(available: Mapping[str, int], tokens: float, *, final: bool) -> dict[
     """Return each source's share of `tokens`, summing to 1.
 
     `available` holds tokens by source; a source that WISHES does not name (a user's own file)
-    counts as stories do. Where limits leave too little text for the budget, all limits stretch by
+    counts as OWN. Where limits leave too little text for the budget, all limits stretch by
     the same factor: the budget is always filled. Raises DataError where there is no text at all.
     """
     if not any(available.values()):

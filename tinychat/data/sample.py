@@ -26,7 +26,7 @@ OWN_TIMES = 3
 
 
 def tokenizer_texts(folder: Path | None) -> Iterator[str]:
-    """Yield training texts for a tokenizer: the embedded corpus three times, then SAMPLE.
+    """Yield training texts for a tokenizer: the corpus but its basics three times, then SAMPLE.
 
     Only training parts, so that bits per byte on the validation parts stay honest. Without a
     folder the embedded corpus alone. Raises DataError for a source that the folder lacks.

@@ -41,7 +41,7 @@ def pick_device(name: str = "auto") -> "torch.device":
                 f"Device {name!r} needs an NVIDIA GPU and a CUDA build of torch, and this "
                 "machine offers none: choose cpu."
             )
-        number = int(index or os.environ.get("LOCAL_RANK", "0"))
+        number = int(index) if index else environment_number("LOCAL_RANK", 0)
         if number >= count:
             raise ConfigError(
                 f"Device 'cuda:{number}' does not exist, this machine has {count} GPU(s): "
@@ -102,10 +102,21 @@ def reuse_memory() -> bool:
     return all([mallopt(name, value) == 1 for name, value in settings])
 
 
+def environment_number(name: str, default: int) -> int:
+    """What torchrun says in an environment variable. Raises ConfigError for no whole number."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise ConfigError(f"{name} is {value!r}, and no whole number: unset it.")
+    return int(value)
+
+
 @functools.cache
 def has_compiler() -> bool:
     """Whether torch.compile can build its kernels: a C++ compiler and Python's headers."""
-    wish = shlex.split(os.environ.get("CXX", "")) if os.name != "nt" else []
+    try:
+        wish = shlex.split(os.environ.get("CXX", "")) if os.name != "nt" else []
+    except ValueError:  # an open quote
+        return False
     names = wish[:1] or (["cl"] if os.name == "nt" else ["g++", "clang++", "c++"])
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
     return any(shutil.which(name) for name in names) and headers.is_file()

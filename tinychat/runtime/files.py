@@ -5,12 +5,13 @@ import hashlib
 import json
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tinychat.runtime.errors import CheckpointError
+from tinychat.runtime.errors import CheckpointError, ConfigError
 
 _CHUNK = 1 << 20
 _ABANDONED_SECONDS = 900.0
@@ -42,6 +43,23 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def check_target(path: Path) -> None:
+    """Make the folder of a file to be written. ConfigError where `write_atomic` could not.
+
+    For the time before long work; a device such as /dev/null would be replaced, and is refused.
+    """
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is {'a folder' if path.is_dir() else 'no file'}; name a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} can't be written ({reason(error)}); "
+            "name a file in a folder that you may write to."
+        ) from None
 
 
 def sync_folder(folder: Path) -> None:

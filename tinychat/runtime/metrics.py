@@ -32,7 +32,7 @@ class MetricsWriter:
             ) from error
 
     def _repair(self, resume_step: int | None) -> None:
-        """Remove a torn last line, and the rows after `resume_step`."""
+        """Remove lines that a crash tore, and the rows after `resume_step`."""
         data = self.path.read_bytes()
         lines = [line for line in data.split(b"\n") if _row(line) is not None]
         if resume_step is not None:

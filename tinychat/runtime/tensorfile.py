@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -221,8 +222,10 @@ def _header(file: FileIO, path: Path) -> Header:
             f"{path} is a safetensors file without tinychat's checksums: "
             "name a file that tinychat wrote, such as rlhf.safetensors."
         )
+    if not re.fullmatch("[0-9a-f]{64}", own):
+        raise damaged(path, "the checksum of its header is none")
     digits = own.encode()
-    blanked = raw.replace(digits, _ZEROS.encode()) if len(digits) == 64 else b""
+    blanked = raw.replace(digits, _ZEROS.encode())
     if raw.count(digits) != 1 or hashlib.sha256(blanked).hexdigest() != own:
         raise damaged(path, "the checksum of its header does not match")
 
