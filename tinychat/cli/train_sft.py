@@ -169,7 +169,9 @@ def sft(
     chosen = settings_of(record, settings, minutes)
     config = override(SFTConfig(), chosen)
     path = folder / "sft.safetensors"
-    if resume and is_finished(path, minutes, settings, "--minutes or --set epochs=N"):
+    # A run by minutes has as many steps as fitted into them; more epochs would not add any.
+    longer = "--minutes" if record.get("minutes") else "--minutes or --set epochs=N"
+    if resume and is_finished(path, minutes, settings, longer):
         return
     minutes = minutes or budget_of(record, folder)
     place = pick_device(device)
