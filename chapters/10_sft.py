@@ -526,10 +526,6 @@ def finetune(
         raise ConfigError(
             f"sequence is {config.sequence}; this model reads at most {context} tokens."
         )
-    if validation and token_bytes_V is None:
-        raise ValueError(
-            "validation is in bits per byte: give token_bytes_V, the bytes of each token"
-        )
     stream = PackedConversations(examples, config, pad)
     saved = load_state(folder) if resume and not minutes else None
     by_time = minutes or (saved is not None and not saved[1]["config"]["steps"])

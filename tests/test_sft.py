@@ -230,7 +230,8 @@ def test_settings_without_sense(values, named):
 
 def test_bits_per_byte_need_the_bytes(tmp_path):
     with pytest.raises(ValueError, match="give token_bytes_V"):
-        finetune(tiny(), [], SFTConfig(sequence=64), tmp_path, pad=0, validation=lambda: [])
+        talks, config = [rendered("a", "b")], SFTConfig(sequence=64)
+        finetune(tiny(), talks, config, tmp_path, pad=0, validation=lambda: [])
     assert not any(tmp_path.iterdir())
 
 

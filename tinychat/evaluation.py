@@ -95,7 +95,8 @@ def answer_all(
         render_prompt(p, tokenizer, context=model.config.context, reserve=sampling.max_tokens)
         for p in prompts
     ]
-    stop, dice = stop_ids(tokenizer), make_generator(sampling.seed, model.device)
+    stop, pauses = stop_ids(tokenizer), sentence_ends(tokenizer)
+    dice = make_generator(sampling.seed, model.device)
     replies: list[list[int]] = [[] for _ in asked]
     unfinished, begin = list(range(len(asked))), 0
     whole = sampling.side_by_side > 1 or sampling.repetition_penalty != 1  # it looks at all before
@@ -108,7 +109,7 @@ def answer_all(
             [asked[n] + replies[n] for n in unfinished],
             replace(sampling, max_tokens=limit - begin),
             stop=stop,
-            pauses=sentence_ends(tokenizer),
+            pauses=pauses,
             keep_stop=True,
             rows=rows,
             pad_id=tokenizer.pad_id,

@@ -314,9 +314,9 @@ def generate_batch(
         raise ConfigError("A prompt is empty; give the model at least one token to go on from.")
     if generator is None:
         generator = make_generator(sampling.seed, model.device)
-    replies: list[list[int]] = []
+    replies: list[list[int]] = [[] for _ in prompts]
     if sampling.side_by_side > 1:
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
             said = generate(
                 model,
                 prompt,
@@ -326,9 +326,8 @@ def generate_batch(
                 keep_stop=keep_stop,
                 generator=generator,
             )
-            replies.append(list(said))
+            replies[number] = list(said)
         return replies
-    replies = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     for start in range(0, len(order), rows):
         numbers = order[start : start + rows]

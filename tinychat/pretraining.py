@@ -483,6 +483,10 @@ def pretrain(
     again with `resume=True` goes on from its last saved state, to the same numbers; resuming with
     more `minutes` makes the run longer. Raises ConfigError when `folder` holds another run.
     """
+    if validation and token_bytes_V is None:
+        raise ValueError(
+            "validation is in bits per byte: give token_bytes_V, the bytes of each token"
+        )
     folder = Path(folder)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     started = time.monotonic()

@@ -250,7 +250,9 @@ def cache_folder(pieces: Tokenizer) -> Path:
 
 def join_processes() -> tuple[int, int]:
     """Under torchrun, meet the other processes; returns (rank, number of processes)."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    from tinychat.runtime.device import environment_number
+
+    if environment_number("WORLD_SIZE", 1) < 2:
         return 0, 1
     import torch
     import torch.distributed as dist

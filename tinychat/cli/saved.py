@@ -21,6 +21,7 @@ from tinychat import __version__
 from tinychat.cli.errors import nearest
 from tinychat.data.records import Message
 from tinychat.runtime.errors import ConfigError, DataError
+from tinychat.runtime.files import take_lock
 
 FORMAT = 1
 SUFFIX = ".jsonl"
@@ -264,18 +265,10 @@ def _now() -> str:
 
 def _lock(file: BinaryIO, path: Path) -> None:
     """Hold the file until it is closed. Raises ConfigError where another process does."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not take_lock(file.fileno()):
         raise ConfigError(
             f"The chat {path.stem!r} is open in another tinychat; leave that one first."
-        ) from None
-    except OSError:  # a file system without locks
-        pass
+        )
 
 
 def show_chats(as_json: bool) -> None:

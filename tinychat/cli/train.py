@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -60,14 +59,12 @@ def tokenizer(
     """
     from tinychat.data.public import data_folder, source_path
     from tinychat.data.sample import SAMPLE, tokenizer_texts
-    from tinychat.runtime.files import write_atomic
+    from tinychat.runtime.files import check_target, write_atomic
     from tinychat.tokenizer import train_sentencepiece
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name another file with --out.")
-    there = next(folder for folder in out.absolute().parents if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(f"{out} can't be written to {there}; name another file with --out.")
+    check_target(out)
     public = data_folder(data)
     for name in SAMPLE if public else ():
         source_path(name, public)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,7 +30,7 @@ from tinychat.cli.stages import (
 )
 from tinychat.cli.train import Data, Device, Minutes, train_app
 from tinychat.cli.train_base import read_tokenizer
-from tinychat.runtime.device import reuse_memory
+from tinychat.runtime.device import environment_number, reuse_memory
 from tinychat.runtime.errors import ConfigError
 from tinychat.runtime.state import lock_run
 
@@ -127,7 +126,7 @@ def read_plan(
     from tinychat.data.public import data_folder
     from tinychat.gpt import preset as model_preset
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if environment_number("WORLD_SIZE", 1) > 1:
         raise ConfigError(
             "`train all` is one process; start it without torchrun, "
             "or train the stages one by one, the base under torchrun."

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from tinychat.data.jsonl import is_json, parse_lines, read_lines, whole_lines
 from tinychat.data.preferences import prompt_key
 from tinychat.data.records import Message
 from tinychat.runtime.errors import DataError
+from tinychat.runtime.files import take_lock
 
 Winner = Literal["a", "b", "tie", "bad"]
 
@@ -81,7 +81,7 @@ def append(path: Path, vote: Vote) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     with os.fdopen(handle, "r+b") as file:
-        _lock(file.fileno())  # two duels may write into one file
+        take_lock(file.fileno(), wait=True)  # two duels may write into one file
         tail = _tail(file)
         if tail and is_json(tail):  # whoever edited the file last left the line open
             data = b"\n" + data
@@ -104,16 +104,6 @@ def _tail(file: Any) -> bytes:
         tail = file.read(end - begin) + tail
         end = begin
     return tail.rpartition(b"\n")[2]
-
-
-def _lock(handle: int) -> None:
-    """Wait until no other process writes. The lock ends with the file."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def check_file(path: Path) -> None:

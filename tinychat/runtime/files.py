@@ -46,20 +46,38 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def check_target(path: Path) -> None:
-    """Make the folder of a file to be written. ConfigError where `write_atomic` could not.
+    """Raise ConfigError, before long work, where `write_atomic` could not write; leave no trace.
 
-    For the time before long work; a device such as /dev/null would be replaced, and is refused.
+    A device such as /dev/null would be replaced, and is refused.
     """
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} is {'a folder' if path.is_dir() else 'no file'}; name a file.")
+    there = next(one for one in Path(os.path.realpath(path)).parents if one.exists())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent).close()
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise ConfigError(
-            f"{path} can't be written ({reason(error)}); "
+            f"{path} can't be written to {there} ({reason(error)}); "
             "name a file in a folder that you may write to."
         ) from None
+
+
+def take_lock(file: int, *, wait: bool = False) -> bool:
+    """Lock an open file or folder until it is closed; False where another process has it.
+
+    With `wait`, never False. Windows and file systems without locks go on without one.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def sync_folder(folder: Path) -> None:

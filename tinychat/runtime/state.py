@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinychat.runtime import tensorfile
 from tinychat.runtime.errors import CheckpointError, ConfigError
-from tinychat.runtime.files import reason
+from tinychat.runtime.files import reason, take_lock
 
 if TYPE_CHECKING:
     import torch
@@ -67,9 +67,7 @@ def lock_run(folder: str | Path) -> None:
     The lock is on the folder itself, so that nothing is left behind. Raises ConfigError where
     another process has it: two would throw each other's states away.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if os.name == "nt":  # which can't open a folder
         return
     handle = os.open(folder, os.O_RDONLY)
     found = os.fstat(handle)
@@ -77,15 +75,11 @@ def lock_run(folder: str | Path) -> None:
     if place in _locked:
         os.close(handle)
         return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not take_lock(handle):
         os.close(handle)
         raise ConfigError(
             f"Another tinychat is training in {folder}; wait until it ends, or stop it first."
-        ) from None
-    except OSError:  # a file system without locks
-        pass
+        )
     _locked[place] = handle
 
 
