@@ -359,7 +359,7 @@ if not FAST:
 
 # %% [markdown]
 # It has seen a few numbers in a thousand, and it translates the others: it has learned the rules. The
-# one with the single vector needs far more practice for the same. Look at its mistake. Such words
+# one with the single vector gets less far with the same practice. Look at its mistake. Such words
 # were there, but at other places: a vector of fixed size holds *what* was said more easily than
 # *where*.
 #
@@ -805,7 +805,17 @@ class KVCache:
             mine.extend(self.length, k[row : row + 1], v[row : row + 1])
         self.length = length
 
-    def visible(self, length: int, segments_BT: Tensor | None, device: torch.device) -> Any:
+    def keep(self, rows_B: Tensor) -> None:
+        """Drop all other rows: replies that are over need no more work."""
+        for layer in self.layers:
+            layer.k, layer.v = layer.k[rows_B], layer.v[rows_B]
+        if self.segments_BS is not None:
+            self.segments_BS = self.segments_BS[rows_B]
+        self.batch = len(rows_B)
+
+    def visible(
+        self, length: int, segments_BT: Tensor | None, device: torch.device
+    ) -> Tensor | None:
         """Take in `length` new tokens; return who sees whom, or None for plain causal."""
         if self.length + length > self.capacity:
             raise ValueError(
@@ -905,7 +915,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return the last layer's normalised vectors, `[B, T, D]`.
 
-        Raises ConfigError when the text, with what the cache holds, is longer than the context.
+        Raises ConfigError when the text, with what the cache holds, is longer than the context, and
+        ValueError when the cache has no room for it.
         """
         B, T = ids_BT.shape
         start = cache.length if cache is not None else 0
@@ -1620,7 +1631,10 @@ def save_model(
     quantize: Literal["int8", "bf16", "fp32"] = "int8",
     levels: int = 127,
 ) -> CheckpointInfo:
-    """Write the model with its tokenizer and history as one self-describing file."""
+    """Write the model with its tokenizer and history as one self-describing file.
+
+    `levels`: see `checkpoint.save`.
+    """
     return checkpoint.save(
         path,
         stage=stage,

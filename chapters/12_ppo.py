@@ -46,8 +46,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinychat.generation import make_generator
-from tinychat.gpt import GPT, KVCache
+from tinychat.generation import draw_tokens, make_generator
+from tinychat.gpt import GPT
 from tinychat.pretraining import Budget, pack_state, schedule, unpack_state
 from tinychat.runtime.device import has_compiler
 from tinychat.runtime.errors import ConfigError, DataError, TinychatError
@@ -218,31 +218,14 @@ class PPOConfig:
 
 # %% tags=["export"]
 def draw(logits_BV: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw a token from each row's softmax; returns tokens and their log-probs, both `[B]`.
-
-    A point on the cumulative sum, found by bisection: one random number a row, where
-    `torch.multinomial` throws one for each of the 8,192 tokens.
-    """
+    """Draw a token from each row's softmax; returns tokens and their log-probs, both `[B]`."""
     probs_BV = logits_BV.softmax(-1)
-    sums_BV = probs_BV.cumsum(-1)
-    dice_B1 = torch.rand(len(sums_BV), 1, generator=generator, device=logits_BV.device)
-    tokens_B1 = torch.searchsorted(sums_BV, dice_B1 * sums_BV[:, -1:], right=True)
-    tokens_B1 = tokens_B1.clamp_(max=logits_BV.shape[1] - 1)
-    return tokens_B1[:, 0], probs_BV.gather(1, tokens_B1)[:, 0].log()
-
-
-def keep_rows(cache: KVCache, rows_B: Tensor) -> None:
-    """Drop all other rows of a cache: replies that are over need no more work."""
-    for layer in cache.layers:
-        layer.k, layer.v = layer.k[rows_B], layer.v[rows_B]
-    if cache.segments_BS is not None:
-        cache.segments_BS = cache.segments_BS[rows_B]
-    cache.batch = len(rows_B)
+    tokens_B = draw_tokens(probs_BV, generator)
+    return tokens_B, probs_BV.gather(1, tokens_B[:, None])[:, 0].log()
 
 
 # %% [markdown]
-# `draw` stacks the probabilities into a ladder from 0 to 1, throws one number, and looks on which
-# rung it fell. The test counts many draws.
+# `draw_tokens` is chapter 08's ladder. The test counts many draws.
 
 # %% tags=["test"]
 dice = make_generator(0, CPU)
@@ -335,7 +318,7 @@ def sample_replies(
             left = [place for place, row in enumerate(rows) if row in running]
             rows = [rows[place] for place in left]
             places_B = torch.tensor(left, device=model.device)
-            keep_rows(cache, places_B)
+            cache.keep(places_B)
             unread_BT = unread_BT[places_B]
     return replies, logprobs
 

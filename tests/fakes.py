@@ -81,6 +81,10 @@ class FakeCache:
         )
         return many
 
+    def keep(self, rows_B: Tensor) -> None:
+        self.ids_BT, self.segments_BT = self.ids_BT[rows_B], self.segments_BT[rows_B]
+        self.batch = len(rows_B)
+
     def follow(self, other: "FakeCache", row: int, length: int) -> None:
         self.ids_BT = other.ids_BT[row : row + 1, :length]
         self.segments_BT = other.segments_BT[row : row + 1, :length]

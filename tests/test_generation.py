@@ -27,7 +27,7 @@ from tinychat.generation import (
     stop_ids,
     stream,
 )
-from tinychat.gpt import GPT, GPTConfig
+from tinychat.gpt import GPT, GPTConfig, KVCache
 from tinychat.runtime.errors import ConfigError
 from tinychat.tokenizer import Tokenizer
 
@@ -424,6 +424,21 @@ def test_rows_stop_on_their_own():
     assert generate_batch(model, [], GREEDY) == []
     with pytest.raises(ConfigError, match="empty"):
         generate_batch(model, [[9], []], GREEDY)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_rows_that_stopped_leave_and_change_nothing(gpt, penalty, monkeypatch):
+    sampling = Sampling(temperature=0, max_tokens=20, repetition_penalty=penalty)
+    prompts = [TOKENIZER.encode(text) for text in ("a", "bb", "hello", "zz", "hi there", "q")]
+    free = generate_batch(gpt, prompts, sampling)
+    stop = {free[1][2], free[3][5], free[4][9]}  # rows end at different steps
+    alone = [list(generate(gpt, prompt, sampling, stop=stop)) for prompt in prompts]
+    assert len({len(reply) for reply in alone}) >= 3
+    kept = []
+    drop = KVCache.keep
+    monkeypatch.setattr(KVCache, "keep", lambda c, rows: (kept.append(len(rows)), drop(c, rows)))
+    assert generate_batch(gpt, prompts, sampling, stop=stop) == alone
+    assert kept and kept == sorted(kept, reverse=True) and kept[0] <= 3
 
 
 def test_one_row_with_a_seed_is_generate_with_that_seed(gpt):

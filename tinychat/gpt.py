@@ -209,7 +209,17 @@ class KVCache:
             mine.extend(self.length, k[row : row + 1], v[row : row + 1])
         self.length = length
 
-    def visible(self, length: int, segments_BT: Tensor | None, device: torch.device) -> Any:
+    def keep(self, rows_B: Tensor) -> None:
+        """Drop all other rows: replies that are over need no more work."""
+        for layer in self.layers:
+            layer.k, layer.v = layer.k[rows_B], layer.v[rows_B]
+        if self.segments_BS is not None:
+            self.segments_BS = self.segments_BS[rows_B]
+        self.batch = len(rows_B)
+
+    def visible(
+        self, length: int, segments_BT: Tensor | None, device: torch.device
+    ) -> Tensor | None:
         """Take in `length` new tokens; return who sees whom, or None for plain causal."""
         if self.length + length > self.capacity:
             raise ValueError(
@@ -291,7 +301,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return the last layer's normalised vectors, `[B, T, D]`.
 
-        Raises ConfigError when the text, with what the cache holds, is longer than the context.
+        Raises ConfigError when the text, with what the cache holds, is longer than the context, and
+        ValueError when the cache has no room for it.
         """
         B, T = ids_BT.shape
         start = cache.length if cache is not None else 0
@@ -339,7 +350,10 @@ def save_model(
     quantize: Literal["int8", "bf16", "fp32"] = "int8",
     levels: int = 127,
 ) -> CheckpointInfo:
-    """Write the model with its tokenizer and history as one self-describing file."""
+    """Write the model with its tokenizer and history as one self-describing file.
+
+    `levels`: see `checkpoint.save`.
+    """
     return checkpoint.save(
         path,
         stage=stage,
