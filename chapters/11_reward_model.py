@@ -95,6 +95,7 @@ from tinychat.data.preferences import (
     Reply,
     by_part,
     corpus_answered,
+    corpus_graded,
     corpus_ranked,
     for_judge,
     prompt_key,
@@ -450,6 +451,22 @@ for group in sampled:
     for reply in group.replies[1:]:
         kinds[reply.flaw or "breaks no rule"] += 1
 print(dict(kinds))
+
+# %% [markdown]
+# Rules don't read. "What nice weather, the cake is a friend." breaks none of them. So readers marked
+# replies of our chat model, from 0 (nonsense) to 4 (fully good): what a labelling company does for
+# the large models, `tinychat/data/corpus/graded.jsonl` is for this one. (Its readers were large
+# language models that followed a written guide, as in Bai et al. 2022; the data card says how.)
+# Where the marks of two replies differ, one is better. These are prompts whose replies differ at all.
+
+# %%
+marked = corpus_graded()
+print(f"{len(marked):,} prompts, {sum(len(group.pairs) for group in marked):,} pairs")
+fresh = [group for group in marked if group.id.startswith("d15_fresh")]
+for group in fresh[:3]:
+    print(f"the user: {group.prompt[-1].content}")
+    for reply in group.replies:
+        print(f"  {reply.rank}. {reply.text}")
 
 # %% [markdown]
 # ## The right answer to another question

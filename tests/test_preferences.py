@@ -6,7 +6,7 @@ import pytest
 import torch
 from fakes import ByteTokenizer, ScriptedGPT, UniformGPT
 
-from tinychat.data import preferences
+from tinychat.data import corpus, preferences
 from tinychat.data.groups import GroupBatches, tokenize_group, tokenize_groups
 from tinychat.data.onpolicy import (
     flaw_of,
@@ -20,6 +20,7 @@ from tinychat.data.preferences import (
     Ranked,
     Reply,
     by_part,
+    corpus_graded,
     corpus_ranked,
     for_judge,
     prompt_key,
@@ -74,6 +75,23 @@ def test_the_corpus_is_ranked_with_the_flaw_of_each_worse_reply():
         assert not group.replies[0].flaw and all(reply.flaw for reply in group.replies[1:])
         assert group.prompt[-1].role == "user"
         assert len(group.pairs) == len(group.replies) * (len(group.replies) - 1) // 2
+
+
+def test_graded_replies_stay_in_their_prompts_part_and_differ():
+    groups = corpus_graded()
+    assert len(groups) > 3000 and len({group.id for group in groups}) == len(groups)
+    known = {one.id: one for one in (*corpus.dialogues(), *corpus.basics())}
+    for group in groups:
+        assert group.source == "graded" and group.weight == 1
+        assert group.pairs and 2 <= len(group.replies) <= 4
+        assert len({reply.text for reply in group.replies}) == len(group.replies)
+        if group.id.startswith("d15_fresh-"):
+            assert len(group.prompt) == 1
+        else:  # the prompt of a written conversation that fine-tuning may read
+            assert group.prompt == known[group.id].messages[:-1]
+            assert split_of(group.id) == "train"
+    unseen = [group for group in groups if split_of(group.id) != "train"]
+    assert len(unseen) > 100
 
 
 # The split

@@ -3,7 +3,7 @@
     python tests/reading/read.py CKPT [--seed 0] [--temperature 0.5] [--drafts 8] [--prompts FILE]
 
 A person judges them; the verdicts go into chapters/lab_notes.md. prompts.txt holds what no
-training text may ask; strangers.txt and newcomers.txt were written by two people who knew neither
+training text may ask; strangers, newcomers and visitors are by three people who knew neither
 texts nor model. Prompts that a training conversation opens with, word for word, are marked.
 """
 

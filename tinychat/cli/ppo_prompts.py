@@ -25,12 +25,13 @@ def find_prompts(
 ) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
     """Return prompts to train on, held-out ones, and what the model card must say of them.
 
-    Every user turn of our corpus with what was said before it, as many conversations of the
-    basics, the questions that can be `checked` and, with a data folder, the public prompts. The
-    held-out ones are of the corpus's validation part; no prompt stands on both sides.
+    Every user turn of our dialogues with what was said before it, the prompts of the graded
+    replies, as many conversations of the basics, the questions that can be `checked` and, with a
+    data folder, the public prompts. The held-out ones are of the corpus's validation part; no
+    prompt stands on both sides.
     """
     from tinychat.data import corpus
-    from tinychat.data.preferences import prompt_key
+    from tinychat.data.preferences import corpus_graded, prompt_key
     from tinychat.data.public import data_folder, source
     from tinychat.data.split import by_split, split_of
     from tinychat.data.unseen import PUBLIC_PROMPTS, prompts_of, public_prompts
@@ -46,14 +47,21 @@ def find_prompts(
     for dialogue in corpus.dialogues():
         for prompt in prompts_of(dialogue):
             add(split_of(dialogue.id), prompt)
-    sources: dict[str, Any] = {"dialogues": {"licence": "CC0-1.0", "prompts": len(found["train"])}}
+    talks = len(found["train"])
+    for group in corpus_graded():
+        add(split_of(group.id), group.prompt)
+    sources: dict[str, Any] = {
+        "dialogues": {"licence": "CC0-1.0", "prompts": talks},
+        "graded": {"licence": "CC0-1.0", "prompts": len(found["train"]) - talks},
+    }
     for dialogue in by_split(corpus.basics())["train"][: len(corpus.dialogues())]:
         for prompt in prompts_of(dialogue):
             add("train", prompt)
     for ids, one in checked.items():  # they are tokens already
         found["train"][prompt_key(one.messages[:1])] = list(ids)
     own = len(found["train"])
-    sources["basics"] = {"licence": "CC0-1.0", "prompts": own - sources["dialogues"]["prompts"]}
+    others = sum(source["prompts"] for source in sources.values())
+    sources["basics"] = {"licence": "CC0-1.0", "prompts": own - others}
     if folder := data_folder(data):
         for prompt in public_prompts(folder):
             if prompt[-1].role == "user" and split_of(prompt_key(prompt)) == "train":

@@ -20,6 +20,11 @@ def _dialogues(name: str) -> tuple[Dialogue, ...]:
 
 
 @cache
+def _records(name: str) -> tuple[tuple[str, dict[str, object]], ...]:
+    return tuple(_read(f"{name}.jsonl"))
+
+
+@cache
 def _documents(name: str) -> tuple[Document, ...]:
     return tuple(
         # The title is part of a story as it is told.
@@ -41,6 +46,14 @@ def basics() -> list[Dialogue]:
     that were not trained on for something that was.
     """
     return list(_dialogues("basics"))
+
+
+def graded() -> list[tuple[str, dict[str, object]]]:
+    """Return, with their places, prompts with our own models' replies and a reader's marks.
+
+    `tinychat.data.preferences.corpus_graded` makes ranked replies of them.
+    """
+    return list(_records("graded"))
 
 
 def stories() -> list[Document]:

@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinychat.data.corpus import dialogues
+from tinychat.data.corpus import dialogues, graded
 from tinychat.data.jsonl import parse_dialogue, parse_lines, read_lines, whole_lines
 from tinychat.data.public import source_path
 from tinychat.data.records import Dialogue, Message
@@ -144,6 +144,11 @@ def corpus_ranked() -> list[Ranked]:
     ]
 
 
+def corpus_graded() -> list[Ranked]:
+    """Return the replies of our own chat models that readers marked, where the marks differ."""
+    return list(_groups(graded(), "graded", 1.0))
+
+
 def corpus_answered() -> list[Ranked]:
     """Return every prompt of the embedded corpus with its written reply alone: no pairs yet."""
     return list(written(dialogues(), "corpus"))
@@ -173,19 +178,23 @@ def read_ranked(path: Path, source: str, weight: float = 1.0) -> list[Ranked]:
 
     Groups in which nothing can be compared are left out. Raises DataError.
     """
-    groups = []
-    for where, record in parse_lines(read_lines(path), str(path)):
+    return list(_groups(parse_lines(read_lines(path), str(path)), source, weight))
+
+
+def _groups(
+    lines: Iterable[tuple[str, Mapping[str, object]]], source: str, weight: float
+) -> Iterator[Ranked]:
+    for where, record in lines:
         prompt = _prompt(record, where)
         replies = _replies(record, where)
         id = str(record.get("id") or _id(prompt))
         group = Ranked(prompt, replies, source, id, weight)
         # An empty winner teaches that silence is best: a slip of whoever judged.
         if group.pairs and replies[0].text.strip():
-            groups.append(group)
-    return groups
+            yield group
 
 
-def _replies(record: dict[str, object], where: str) -> tuple[Reply, ...]:
+def _replies(record: Mapping[str, object], where: str) -> tuple[Reply, ...]:
     if "responses" not in record:
         chosen, rejected = record.get("chosen"), record.get("rejected")
         if not isinstance(chosen, str) or not isinstance(rejected, str):
@@ -213,7 +222,7 @@ def _replies(record: dict[str, object], where: str) -> tuple[Reply, ...]:
     )
 
 
-def _prompt(record: dict[str, object], where: str) -> tuple[Message, ...]:
+def _prompt(record: Mapping[str, object], where: str) -> tuple[Message, ...]:
     """The messages before the replies; the last one must be the user's.
 
     Neighbours with one role become one turn: some files cut a turn into several.

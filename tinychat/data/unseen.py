@@ -11,6 +11,7 @@ from tinychat.data.jsonl import parse_dialogue, parse_lines, read_lines
 from tinychat.data.preferences import (
     PUBLIC,
     by_part,
+    corpus_graded,
     corpus_ranked,
     digest,
     prompt_key,
@@ -68,8 +69,11 @@ def unseen_prompts(
                 seen.add(prompt_key(prompt))
             else:
                 own.setdefault(prompt_key(prompt), prompt)
+    ranked = by_part([*corpus_ranked(), *corpus_graded()])
+    for group in (*ranked["validation"], *ranked["test"]):
+        own.setdefault(prompt_key(group.prompt), group.prompt)
     public = _left_out_by_ppo(folder) if folder else {}
-    seen |= {prompt_key(group.prompt) for group in by_part(corpus_ranked())["train"]}
+    seen |= {prompt_key(group.prompt) for group in ranked["train"]}
     seen |= _seen_elsewhere(folder, own.keys() | public.keys())
     ours, theirs = (
         sorted(
@@ -129,7 +133,7 @@ def _seen_elsewhere(folder: Path | None, asked: Iterable[str]) -> set[str]:
                 if split_of(dialogue.id) == "train":
                     for prompt in prompts_of(dialogue):
                         look(prompt)
-    ranked = corpus_ranked()
+    ranked = [*corpus_ranked(), *corpus_graded()]
     for entry in sources("preference"):  # whole: how much of each is learned from has changed
         if entry.name in PUBLIC and (folder / entry.file).is_file():
             ranked += read_ranked(folder / entry.file, entry.name)
