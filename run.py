@@ -6,7 +6,7 @@
     python3 run.py COMMAND [ARGS]    any other tinychat command: ask, info, train, ...
 
 The first run makes .venv and installs what the command needs; later runs start at once, until
-pyproject.toml or constraints.txt changes. Nothing outside this folder is touched.
+pyproject.toml or constraints.txt changes. Nothing is installed outside this folder.
 """
 
 import sys
@@ -39,6 +39,7 @@ EXTRAS = {  # what a command needs beyond the package itself
     "test": ("data", "dev", "docs", "notebooks"),
     "train": ("data",),
     "data": ("data",),
+    "eval": ("data",),
 }
 
 Runner = Callable[[Sequence[str]], int]  # runs a command, returns its exit status
@@ -58,6 +59,9 @@ def main(arguments: Sequence[str]) -> int:
         python = prepare(ROOT, EXTRAS.get(command, ()))
     except Advice as advice:
         print(advice, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{error}. Is this clone whole, and may you write into it?", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nStopped. The next run goes on from here.", file=sys.stderr)
@@ -108,6 +112,10 @@ def prepare(root: Path, extras: Iterable[str], run: Runner | None = None) -> Pat
         return python
     if not python.exists():
         make_venv(home, run)
+    elif installed(python, "pip") is None:  # its making was interrupted, or another tool made it
+        say(f"Putting pip into {home} ...")
+        if run([str(python), "-m", "ensurepip"]):
+            raise Advice(f"{home} has no pip; delete that folder and run the same command again.")
     # Without the stamp, an installation that is interrupted starts again at the next run.
     (home / STAMP).unlink(missing_ok=True)
     install(root, python, sorted(have.union(extras)), run)
@@ -146,7 +154,10 @@ def make_venv(home: Path, run: Runner) -> None:
     say(f"Making {home} ...")
     # --clear: what is left of an environment whose Python is gone would be in the way.
     if run([sys.executable, "-m", "venv", "--clear", str(home)]):
-        raise Advice(no_venv("venv"))
+        raise Advice(
+            f"{home} could not be made: the reason stands above (a full disk, a folder that can't "
+            "be written?). Then run the same command again."
+        )
 
 
 def no_venv(module: str) -> str:

@@ -38,7 +38,8 @@ class Recorder:
 def clone(tmp_path, monkeypatch):
     (tmp_path / "pyproject.toml").write_text("[project]\n")
     (tmp_path / "constraints.txt").write_text("numpy==2.0\ntorch==2.13.0\n")
-    monkeypatch.setattr(run_py, "installed", lambda python, package: None)
+    have = {"pip": "25.0"}
+    monkeypatch.setattr(run_py, "installed", lambda python, package: have.get(package))
     monkeypatch.setattr(run_py, "wants_cpu_build", lambda: True)
     return tmp_path
 
@@ -91,6 +92,33 @@ def test_an_interrupted_installation_is_repeated(clone):
     run = Recorder()
     run_py.prepare(clone, (), run)
     assert run.commands
+
+
+def test_an_environment_without_pip_gets_one(clone, monkeypatch):
+    # What Ctrl-C in the first seconds of `python -m venv` leaves.
+    python = run_py.venv_python(clone / ".venv")
+    python.parent.mkdir(parents=True)
+    python.write_text("")
+    monkeypatch.setattr(run_py, "installed", lambda python, package: None)
+    run = Recorder()
+    run_py.prepare(clone, (), run)
+    assert run.said[0] == f"{python} -m ensurepip" and run.said[-1].endswith(f"-e {clone}")
+    (clone / ".venv" / run_py.STAMP).unlink()
+    with pytest.raises(run_py.Advice, match="delete that folder"):
+        run_py.prepare(clone, (), Recorder("ensurepip"))
+
+
+def test_a_venv_that_fails_is_advice(clone):
+    with pytest.raises(run_py.Advice, match="a full disk"):
+        run_py.prepare(clone, (), Recorder("-m venv"))
+
+
+def test_a_clone_that_lacks_a_file_gets_one_sentence(clone, monkeypatch, capsys):
+    (clone / "constraints.txt").unlink()
+    monkeypatch.setattr(run_py, "ROOT", clone)
+    assert run_py.main(["chat"]) == 2
+    said = capsys.readouterr().err
+    assert "constraints.txt" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "null"])
