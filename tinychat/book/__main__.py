@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(curves.write(options.metrics, options.title, options.about, options.out))
             return 0
         root = options.root or find_root()
+        if not (root / "chapters").is_dir():
+            raise BookError(f"{root} has no folder chapters/: --root names a clone of tinychat")
         if options.command == "run":
             return run_chapter(root, options.chapter, options.arguments)
         if options.command == "where":
@@ -75,9 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             done, problems = export.export(root)
             print("\n".join(done) or "nothing to write: the package is up to date")
             summary = f"{len(problems)} problem(s)" if problems else ""
-    except (BookError, DataError) as error:
+    except (BookError, DataError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     for problem in problems:
         print(problem, file=sys.stderr)
     if summary:

@@ -96,7 +96,7 @@ def model_cards(folder: Path) -> str:
         ]
     parts.append(
         "The texts are not in this repository. Weights learned from them are published with these "
-        "attribution; the share-alike licences among them are named so that you can judge for "
+        "attributions; the share-alike licences among them are named so that you can judge for "
         "yourself. `tinychat info NAME` shows all that a file says of itself."
     )
     return "\n\n".join(parts) + "\n"

@@ -47,17 +47,22 @@ def execute(chapter: Chapter, root: Path, *, fast: bool) -> list[list[Output]]:
     with tempfile.TemporaryDirectory(prefix="tinychat-") as folder:
         work = Path(folder, "work")
         work.mkdir()
-        # Sockets are files where the system has such: nobody else on the machine can listen.
-        files = {} if os.name == "nt" else {"transport": "ipc", "ip": str(Path(folder, "kernel"))}
+        # Sockets are files where the system has such, with names of some 100 bytes: nobody else on
+        # the machine can listen.
+        socket = Path(folder, "kernel")
+        short = os.name != "nt" and len(os.fsencode(socket)) < 90
+        files = {"transport": "ipc", "ip": str(socket)} if short else {}
         client = NotebookClient(
             node,
             km=AsyncKernelManager(**files),
             timeout=SECONDS,
+            startup_timeout=SECONDS,
             resources={"metadata": {"path": str(work)}},
         )
         try:
             client.execute(env=environment(os.environ, root, fast=fast), cleanup_kc=True)
-        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        # A kernel that never answers is a RuntimeError.
+        except (CellExecutionError, CellTimeoutError, DeadKernelError, RuntimeError) as error:
             ran = [i for i, cell in enumerate(node.cells) if cell.get("execution_count")]
             cell = code[max(0, (ran[-1] if ran else 1) - 1)]
             raise BookError(f"{chapter.path}:{cell.line}: {plain(str(error)).strip()}") from None
@@ -74,8 +79,9 @@ def environment(base: Mapping[str, str], root: Path, *, fast: bool) -> dict[str,
         # The kernel must be this Python's, whatever the caller's PATH says.
         "PATH": os.pathsep.join(filter(None, (str(Path(sys.executable).parent), base.get("PATH")))),
     }
-    dropped = ("MPLBACKEND", "TINYCHAT_CONFIG")
-    return {k: v for k, v in base.items() if k not in dropped} | changed
+    # A reader's settings (TINYCHAT_MINUTES, ...) would change outputs that are kept for all.
+    kept = {k: v for k, v in base.items() if k != "MPLBACKEND" and not k.startswith("TINYCHAT_")}
+    return kept | changed
 
 
 def plain(text: str) -> str:

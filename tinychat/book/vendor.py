@@ -41,7 +41,9 @@ def install(cache: Path) -> Path:
     for name in ("package.json", "package-lock.json"):
         shutil.copy(PACKAGES / name, home / name)
     command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(home)]
-    answer = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    answer = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL
+    )
     if answer.returncode:
         raise BookError(f"npm could not fetch the site's packages: {answer.stderr.strip()}")
     (home / "complete").touch()

@@ -1,5 +1,6 @@
 """From a place in the package to the place in the chapter that must be edited."""
 
+import re
 from pathlib import Path
 
 from tinychat.book.chapter import BookError, Chapter, chapter_paths, load
@@ -18,11 +19,12 @@ def where(root: Path, place: str) -> str:
 
 
 def split_place(place: str) -> tuple[str, int]:
-    """Split `path:line`; the line is 1 where none is named. A drive's colon stays in the path."""
-    path, colon, line = place.rpartition(":")
-    if colon and line.isascii() and line.isdigit():
-        return path, int(line)
-    return place, 1
+    """Split `path:line`, or `path:line:column` as linters print it; the line is 1 where none is.
+
+    A drive's colon stays in the path.
+    """
+    found = re.fullmatch(r"(.*?):([0-9]+)(?::[0-9]+)?:?", place)
+    return (found[1], int(found[2])) if found else (place, 1)
 
 
 def chapter_of(root: Path, module_path: str) -> Chapter:
