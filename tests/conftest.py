@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tinychat.book.chapter import BookError
 from tinychat.book.where import where
@@ -14,9 +15,16 @@ from tinychat.book.where import where
 ROOT = Path(__file__).resolve().parents[1]
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are drawn, never shown
-# No test reads the settings of whoever runs it, or writes into their home.
+# No test reads the settings of whoever runs it, or writes into their home; none hangs on a
+# terminal's colors and size.
+FOREIGN = {"NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}
+for name in [*os.environ]:
+    if name.startswith("TINYCHAT_") or name in FOREIGN:
+        del os.environ[name]
 os.environ["TINYCHAT_CONFIG"] = os.devnull
 os.environ["TINYCHAT_SAVE"] = "0"
+settings.register_profile("tinychat", deadline=None)  # a busy machine is no failure
+settings.load_profile("tinychat")
 
 
 @pytest.fixture

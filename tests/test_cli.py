@@ -351,6 +351,7 @@ def test_a_closed_pipe_is_quiet(shipped):
 
 def test_no_color(shipped):
     result = tinychat("info", "none", cwd=shipped, env={**ENV, "NO_COLOR": "1", "FORCE_COLOR": "1"})
+    assert result.returncode == 2 and b"none" in result.stderr
     assert not re.search(rb"\x1b\[[\d;]*3[0-7]", result.stderr)
 
 
@@ -372,9 +373,10 @@ def test_a_terminal(shipped):
     child.expect(r"1m>.*\x1b\[\?25h")
     child.send("/stats\r")
     child.expect_exact("of 128 tokens")
+    child.expect(r"1m>.*\x1b\[\?25h")  # between two prompts the key would reach nobody
     child.send("\x03")
     child.expect_exact("once more leaves")
-    child.expect(r"1m>.*\x1b\[\?25h")  # between two prompts the key would reach nobody
+    child.expect(r"1m>.*\x1b\[\?25h")
     child.send("\x03")
     child.expect(pexpect.EOF)
     child.close()

@@ -153,6 +153,33 @@ def test_a_broken_compiler_is_reported_once_and_done_without(monkeypatch, caplog
     assert "noise" not in record.getMessage()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not pretraining.has_compiler(), reason="no C++ compiler")
+def test_compiled_and_eager_agree():
+    losses, gradients = [], []
+    for compiled in (True, False):
+        model = tiny()
+        loss_function = LossFunction(model, dtype=torch.float32, compiled=compiled)
+        loss = loss_function(batch_of(0))
+        loss.backward()
+        assert loss_function.compiled is compiled
+        losses.append(loss.detach())
+        gradients.append(model.embed.weight.grad)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_a_gpu_learns_what_a_cpu_does(tmp_path):
+    ends = {}
+    for place in ("cpu", "cuda"):
+        model = tiny().to(place)
+        config = replace(PLAIN, steps=3)
+        ends[place] = pretrain(model, numbered, config, tmp_path / place).loss
+    assert ends["cuda"] == pytest.approx(ends["cpu"], rel=1e-3)
+
+
 def test_an_error_that_is_not_the_compilers_is_raised(monkeypatch, caplog):
     monkeypatch.setattr(pretraining, "has_compiler", lambda: True)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)

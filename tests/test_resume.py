@@ -137,7 +137,7 @@ def test_pack_and_unpack_return_everything():
 
 # ------------------------------------------------------------------------------ SIGKILL
 
-STEPS = 30
+STEPS = 150  # so many that no child is through before it is killed
 KILLS = 4
 # Importing torch takes seconds, so one process imports it and each attempt is a fork of that one.
 PARENT = f"""

@@ -505,8 +505,13 @@ def build(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_small_book_becomes_a_site(book):
-    answer = build(book)
+@pytest.fixture(scope="module")
+def first_build(book):
+    return build(book)
+
+
+def test_a_small_book_becomes_a_site(book, first_build):
+    answer = first_build
     assert answer.returncode == 0, answer.stdout
     assert "WARNING" not in answer.stdout and "ran chapters/01_alpha.py" in answer.stdout
     page = (book / "site/01_alpha.html").read_text(encoding="utf-8")
@@ -527,7 +532,7 @@ def test_a_small_book_becomes_a_site(book):
     assert fetched == []
 
 
-def test_a_second_build_runs_nothing_and_a_dead_link_stops_it(book):
+def test_a_second_build_runs_nothing_and_a_dead_link_stops_it(book, first_build):
     index = book / "chapters/index.md"
     text = index.read_text()
     index.write_text(text + "\n[gone](01_alpha.py#nowhere)\n")

@@ -221,7 +221,8 @@ def test_a_poor_terminal(home):
 
 
 def test_a_pipe_that_closes(home):
-    command = child(["line\n" * 200], 0, "ask", "hi")
+    # Slow enough that it still writes when this process comes to close its end.
+    command = child(["line\n" * 200], 0.05, "ask", "hi")
     with subprocess.Popen(
         command, cwd=home, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as asking:

@@ -70,11 +70,12 @@ class Chat:
                 continue
             try:
                 self._obey(line)
+                if not self.leaving:
+                    self.screen.space()
             except KeyboardInterrupt:
                 if not self.reader.interactive:
                     raise
                 self.screen.note(NOTES["stopped"])
-            if not self.leaving:
                 self.screen.space()
 
     def _obey(self, line: str) -> None:
