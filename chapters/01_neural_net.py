@@ -262,6 +262,9 @@ assert right == 1
 #
 # $$\frac{\partial \ell}{\partial z_c} = p_c - [c = y]$$
 #
+# ($\partial \ell / \partial z_c$ is the slope of the loss along $z_c$; the bracket is 1 where it is
+# true, else 0.)
+#
 # There is one trap. e to the power of a large logit is more than a computer's number can hold, so
 # subtract the largest logit first. That changes no probability, since it divides the top and the
 # bottom by the same number.
@@ -771,7 +774,7 @@ assert share_right(wider, ten_BP, ten_B) == 1
 #
 # 1. A network gives the right symbol the probability 1. What is the loss? And its slopes?
 # 2. Why does nudging cost more the more weights there are, and backpropagation hardly?
-# 3. Why can no single layer know an inverted cross as a cross?
+# 3. Why can no single layer solve the puzzle with inverted pictures?
 # 4. Training score 100 %, test score 40 %. What happened, and what helps?
 #
 # <details markdown="1"><summary>Answers</summary>
@@ -779,7 +782,7 @@ assert share_right(wider, ten_BP, ten_B) == 1
 # 1. Zero, and zero: what it said minus what is true. It has nothing to learn from this picture.
 # 2. Nudging needs two performances for each weight. Backpropagation needs one way forward and one
 #    way back for all of them.
-# 3. All votes turn around with the pixels. What speaks for the cross speaks against its negative.
+# 3. All votes turn around with the pixels. Only the bias stays, and it can favor just one symbol.
 # 4. It has learned its pictures by heart. More different pictures, or noise on them, help.
 #
 # </details>

@@ -140,6 +140,7 @@ print(split_words('He sold 25 loaves, then went home. "Home!"'))
 # %% tags=["test"]
 # Nothing is lost, and no word holds both letters and punctuation.
 assert "".join(split_words(story)) == story.replace(" ", SPACE)
+assert not any(re.search(r"[^\W\d_]", w) and re.search(r"[^\w▁\n]", w) for w in split_words(story))
 assert split_words("go home.") == ["go", "▁home", "."]
 assert split_words("42") == ["4", "2"]
 
@@ -200,7 +201,7 @@ class BytePairEncoder:
 
     `pieces` holds 256 byte pieces, then the characters seen in training, then one piece a merge.
     The id of a piece is its place in the list. A character that was never seen becomes its UTF-8
-    bytes, so every text has an encoding.
+    bytes, so every text that UTF-8 can hold has an encoding.
     """
 
     def __init__(self, characters: Iterable[str], merges: Iterable[tuple[str, str]]) -> None:
@@ -295,15 +296,15 @@ def sentences(texts: Iterable[str], longest: int = 4000) -> Iterator[str]:
     SentencePiece silently skips a line of more than 4192 bytes; long lines are cut at a space.
     """
     for text in texts:
-        for line in text.split("\n"):
-            while len(line.encode("utf-8", errors="replace")) > longest:
+        for line in clean_surrogates(text).split("\n"):
+            while len(line.encode()) > longest:
                 # Four bytes a character at most: this many characters always fit.
                 cut = line.rfind(" ", 1, longest // 4)
                 cut = cut if cut > 0 else longest // 4
-                yield clean_surrogates(line[:cut])
+                yield line[:cut]
                 line = line[cut:]
             if line.strip():
-                yield clean_surrogates(line)
+                yield line
 
 
 def clean_surrogates(text: str) -> str:
@@ -580,8 +581,8 @@ lengths = [len(tokenizer.encode(unseen_text)) for tokenizer in table.values()]
 assert lengths == sorted(lengths, reverse=True)  # more pieces, fewer tokens
 
 # %% [markdown]
-# Keep the middle-sized one: small enough for a small model, and yours. The next chapters find it in
-# `runs/book/`.
+# Keep the one with 2,048 pieces: small enough for a small model, and yours. (The next chapters take
+# the shipped one, so that what you train can be compared with the shipped checkpoints.)
 
 # %%
 mine = table[1024 if FAST else 2048]

@@ -122,8 +122,8 @@ assert torch.equal(own_marks_TT.argmax(dim=1), torch.arange(T)), "each marks its
 torch.testing.assert_close(own_scores_TT, own_scores_TT.T)
 
 # %% [markdown]
-# Two things are wrong. Nothing fits a token as well as the token itself, so everyone marks itself. And
-# the score of a pair is the same both ways. But *bank* needs *river* more than *river* needs *bank*:
+# Two things are wrong. Among vectors of about the same length, nothing fits a token as well as the
+# token itself, so everyone marks itself. And the score of a pair is the same both ways. But *bank* needs *river* more than *river* needs *bank*:
 # what a token looks for and what it has to offer are two different things.
 #
 # ## Query, key, value
@@ -450,7 +450,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Return what each token gathered, `[B, T, D]`.
 
-        `visible` broadcasts to `[B, H, T, S]`; None means plain causal. With a `cache`, the T new
+        `visible` is `[B, 1 or H, T, S]` and may hide more than the future, never less; None means
+        plain causal. With a `cache`, the T new
         tokens stand at positions `start ...` and also see everything stored before.
         """
         B, T, _ = x_BTD.shape
@@ -690,7 +691,8 @@ def make_sentence(draw: random.Random, kinds: int = 3) -> tuple[list[str], list[
     for double, other in zip(doubles, others, strict=True):
         kind = draw.randrange(kinds)
         # Where nothing shall tell, the hint is one for a word that isn't in the sentence.
-        hints.append(draw.choice(HINTS[other if kind == 2 else double][kind % 2]))
+        side = draw.randrange(2) if kind == 2 else kind
+        hints.append(draw.choice(HINTS[other if kind == 2 else double][side]))
         told.append((double, "unclear" if kind == 2 else hints[-1]))
     one, two = draw.sample(hints, 2)
     first = [draw.choice(PEOPLE), draw.choice(SEEN), "the", one, "and", "the", two, "."]
@@ -846,6 +848,9 @@ for seed in SEEDS:
         words = text.split()
         assert words[int(marks_HTS.mean(dim=0)[words.index("bank")].argmax())] == hint
         assert ANSWERS[shares.index(max(shares))] == answer
+        marks_HTS, _ = read_aloud(readers[4, seed], text, "mouse")
+        looked = words[int(marks_HTS.mean(dim=0)[words.index("mouse")].argmax())]
+        assert looked == "keyboard"
 
 
 # %%
@@ -895,7 +900,7 @@ picture("05_bank", draw_maps)
 # looked, not why the model said what it said; Jain and Wallace argued about that in 2019.)
 #
 # Then what about the single head? It has the same number of weights, and does worse. It looks with one
-# pair of eyes. In the beginning all marks are random, and a word that happens to stare at a full stop
+# pair of eyes. A likely reason: in the beginning all marks are random, and a word that happens to stare at a full stop
 # hardly gets a gradient that says "look at the river instead". Four heads begin with four different
 # stares, and one of them is near enough.
 #
@@ -1202,8 +1207,9 @@ assert lazy_right > 0.9 > lazy_looks
 #   values** (DeepSeek-AI 2024) store a short vector, from which all heads make theirs.
 # - **Other scores.** The first attention scored a pair with a small network in place of a dot product;
 #   chapter 06 says why that went out of use.
-# - **A short cut for values.** Some recent models add to each value a vector that is looked up by the
-#   token alone (Zhou et al. 2024; nanochat), so that late layers still know what was written.
+# - **A short cut for values.** Some recent models add to each later layer's values those of the first
+#   layer (Zhou et al. 2024), or a vector that is looked up by the token alone (nanochat), so that
+#   late layers still know what was written.
 # - **Biases**, added to queries, keys and values, can be left out without harm. **Dropout**, of marks
 #   among others, is for texts that are read many times; chapter 06 shows it.
 # - **The shipped model's own heads.** In the chat, `/attn` draws them.

@@ -501,8 +501,8 @@ print(f"{len(before)} directions; the strongest {count} hold 90 % of the gradien
 # But it may matter as much: what is rare in a text is quiet in its gradient. **Muon** (Jordan et al.
 # 2024) makes all directions equally loud: it keeps them, and sets every singular value near one.
 #
-# The exact way is a singular value decomposition, $X = U S V^T$ (chapter 04), and then $U V^T$. It
-# is slow. The trick is a polynomial of odd powers,
+# The exact way is a singular value decomposition (chapter 04), $X = U S V^T$, and then $U V^T$: U and
+# V only turn, so that $U^TU$ and $V^TV$ change nothing, and S holds the singular values. It is slow. The trick is a polynomial of odd powers,
 #
 # $$X \to aX + b(XX^T)X + c(XX^T)^2X.$$
 #
@@ -555,7 +555,7 @@ assert F.cosine_similarity(found.flatten(), (u @ vt).flatten(), dim=0) > 0.95
 # noise.
 #
 # The optimizer adds momentum: it remembers a running average of past gradients and looks one step
-# ahead with it (Nesterov). All matrices of one shape go through the polynomial together, which
+# ahead with it (Nesterov's variant). All matrices of one shape go through the polynomial together, which
 # keeps the processor busier than one after the other would.
 
 
@@ -746,7 +746,8 @@ assert 0 < schedule(99, 100, warmup=0.1, decay=0.3) < 0.05, "even the last step 
 # Now one step of training, in its five parts. Two things in it are for size. When a batch doesn't fit
 # into memory, read it in pieces and let the gradients add up: *gradient accumulation*. When there
 # are several processors, each reads a part of the batch and they average their gradients: *data
-# parallelism*. Both change where the work is done, and not the result.
+# parallelism*. Both change where the work is done, and not the result, as long as each piece counts
+# equally many targets. (With chapter 09's masks they don't: then this is a mean of means.)
 #
 # **Clipping** is a safety belt. Once in a while a strange batch makes an enormous gradient. If the
 # length of the whole gradient exceeds a bound, it is scaled back to it; its direction stays.
@@ -779,7 +780,7 @@ def train_step(
     factor: float,
     clip: float,
 ) -> tuple[float, float]:
-    """Change the weights once, by the mean loss over `batches` and all processes.
+    """Change the weights once, by the mean of the batches' mean losses, over all processes.
 
     `factor` scales the peak learning rates. Returns the loss and the norm of the gradient before
     clipping. Raises TinychatError, with all weights as they were, when either is not a number.
@@ -1025,8 +1026,9 @@ def pretrain(
     `batches_from(micro_step, micro_steps)` yields this process's batches from that micro-step on;
     `micro_steps` is the total, so that the data can change towards the end. The total number of
     steps is `config.steps`, or what fits into `minutes`. A run killed at any moment and called
-    again with `resume=True` goes on from its last saved state, to the same numbers; resuming with
-    more `minutes` makes the run longer. Raises ConfigError when `folder` holds another run.
+    again with `resume=True` goes on from its last saved state, with fixed steps to the same
+    numbers; resuming with more `minutes` makes the run longer. Raises ConfigError when `folder`
+    holds another run.
     """
     if validation and token_bytes_V is None:
         raise ValueError(
@@ -1232,7 +1234,7 @@ assert result.bits_per_byte["unseen text"] < untrained
 
 # %% [markdown]
 # And after. Don't expect sense: look for words that exist, and for pairs of words that could stand
-# together. Then look at the tokens that it has read. A child hears more in an afternoon.
+# together. Then look at the number of tokens that it has read: a shelf of children's books, no more.
 
 # %%
 for opening in OPENINGS:
@@ -1308,7 +1310,7 @@ def held_out_batches(length: int) -> Iterator[Batch]:
 rivals = {f"GPT of chapter 07, {PRESET}": model}
 try:
     shipped_model, its_tokenizer, _ = load_model(checkpoint.find("base"))
-    if its_tokenizer.vocab_size == tokenizer.vocab_size:
+    if its_tokenizer.sha256 == tokenizer.sha256:
         rivals["base, as shipped"] = shipped_model
 except CheckpointError:
     print("there is no shipped base model here")
@@ -1335,7 +1337,7 @@ know_nothing = tokens_in_all * math.log2(tokenizer.vocab_size) / counted
 assert all(bits < know_nothing for bits in scores.values())
 
 # %% [markdown]
-# If your own row is worse than an n-gram's, don't be surprised: half a minute of one core is not much,
+# If your own row is worse than an n-gram's, don't be surprised: half a minute on a CPU is not much,
 # and counting is quick. Give it an hour, and look again.
 #
 # ## Bigger and longer is better
@@ -1792,15 +1794,17 @@ halves = [
     Batch(four.inputs_BT[part], four.targets_BT[part], four.mask_BT[part])
     for part in (slice(0, 2), slice(2, 4))
 ]
-ends = []
+ends, told = [], []
 for pieces in ([four], halves):
     twin = fresh(0)
     twin_loss = LossFunction(twin, dtype=torch.float32, compiled=False)
-    train_step(twin_loss, make_optimizers(twin, plain), pieces, factor=1.0, clip=1.0)
+    told.append(train_step(twin_loss, make_optimizers(twin, plain), pieces, factor=1.0, clip=1.0))
     ends.append(twin.blocks[0].feed_forward.down.weight.detach())
 print(f"largest difference: {(ends[0] - ends[1]).abs().max():.1e}")
 # Sums in another order round differently, and Muon works in bfloat16, which knows few digits.
 torch.testing.assert_close(ends[0], ends[1], atol=1e-3, rtol=0)
+# Muon would forgive a gradient of twice the size; loss and norm tell.
+torch.testing.assert_close(told[0], told[1], atol=0, rtol=1e-4)
 
 # %% [markdown]
 # **4. The wrong size.** You have the compute for the best model of `LARGE` at GPT-3's bill, but you

@@ -127,7 +127,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Return what each token gathered, `[B, T, D]`.
 
-        `visible` broadcasts to `[B, H, T, S]`; None means plain causal. With a `cache`, the T new
+        `visible` is `[B, 1 or H, T, S]` and may hide more than the future, never less; None means
+        plain causal. With a `cache`, the T new
         tokens stand at positions `start ...` and also see everything stored before.
         """
         B, T, _ = x_BTD.shape

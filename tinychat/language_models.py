@@ -133,8 +133,8 @@ def lstm_step(
 ) -> tuple[Tensor, Tensor]:
     """Read one input and return the new state and notebook (Hochreiter and Schmidhuber 1997).
 
-    `from_x` is `[4 D, I]`, `from_h` `[4 D, D]`: the rows of the input gate, the forget gate, the
-    note and the output gate, in PyTorch's order.
+    `from_x` is `[4 D, I]`, `from_h` `[4 D, D]`, `bias` `[4 D]`: the rows of the input gate, the
+    forget gate, the note and the output gate, in PyTorch's order.
     """
     gates = x_BI @ from_x.T + h_BD @ from_h.T + bias
     write_BD, keep_BD, note_BD, show_BD = gates.chunk(4, dim=1)
@@ -182,7 +182,7 @@ def train_lstm(
     """Read the texts `epochs` times, in a new order each time; return the loss of each step."""
     steps_a_time = (sum(len(text) + 1 for text in texts) - 1) // strips // stretch
     if steps_a_time < 1:
-        raise ValueError(f"too little text: give at least {strips * stretch + 2} bytes")
+        raise ValueError(f"too little text: give at least {strips * stretch} bytes")
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     fall = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps_a_time * epochs)
     losses = []

@@ -318,7 +318,7 @@ def train_step(
     factor: float,
     clip: float,
 ) -> tuple[float, float]:
-    """Change the weights once, by the mean loss over `batches` and all processes.
+    """Change the weights once, by the mean of the batches' mean losses, over all processes.
 
     `factor` scales the peak learning rates. Returns the loss and the norm of the gradient before
     clipping. Raises TinychatError, with all weights as they were, when either is not a number.
@@ -480,8 +480,9 @@ def pretrain(
     `batches_from(micro_step, micro_steps)` yields this process's batches from that micro-step on;
     `micro_steps` is the total, so that the data can change towards the end. The total number of
     steps is `config.steps`, or what fits into `minutes`. A run killed at any moment and called
-    again with `resume=True` goes on from its last saved state, to the same numbers; resuming with
-    more `minutes` makes the run longer. Raises ConfigError when `folder` holds another run.
+    again with `resume=True` goes on from its last saved state, with fixed steps to the same
+    numbers; resuming with more `minutes` makes the run longer. Raises ConfigError when `folder`
+    holds another run.
     """
     if validation and token_bytes_V is None:
         raise ValueError(

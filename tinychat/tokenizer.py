@@ -66,7 +66,7 @@ class BytePairEncoder:
 
     `pieces` holds 256 byte pieces, then the characters seen in training, then one piece a merge.
     The id of a piece is its place in the list. A character that was never seen becomes its UTF-8
-    bytes, so every text has an encoding.
+    bytes, so every text that UTF-8 can hold has an encoding.
     """
 
     def __init__(self, characters: Iterable[str], merges: Iterable[tuple[str, str]]) -> None:
@@ -126,15 +126,15 @@ def sentences(texts: Iterable[str], longest: int = 4000) -> Iterator[str]:
     SentencePiece silently skips a line of more than 4192 bytes; long lines are cut at a space.
     """
     for text in texts:
-        for line in text.split("\n"):
-            while len(line.encode("utf-8", errors="replace")) > longest:
+        for line in clean_surrogates(text).split("\n"):
+            while len(line.encode()) > longest:
                 # Four bytes a character at most: this many characters always fit.
                 cut = line.rfind(" ", 1, longest // 4)
                 cut = cut if cut > 0 else longest // 4
-                yield clean_surrogates(line[:cut])
+                yield line[:cut]
                 line = line[cut:]
             if line.strip():
-                yield clean_surrogates(line)
+                yield line
 
 
 def clean_surrogates(text: str) -> str:
