@@ -157,7 +157,7 @@ def test_lstm_learns_a_rhythm():
 
 
 def test_too_little_text_for_the_lstm():
-    with pytest.raises(ValueError, match="give at least 1026 bytes"):
+    with pytest.raises(ValueError, match="give at least 1024 bytes"):
         train_lstm(LSTMModel(4), [b"short"], epochs=1)
 
 
