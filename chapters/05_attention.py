@@ -123,8 +123,9 @@ torch.testing.assert_close(own_scores_TT, own_scores_TT.T)
 
 # %% [markdown]
 # Two things are wrong. Among vectors of about the same length, nothing fits a token as well as the
-# token itself, so everyone marks itself. And the score of a pair is the same both ways. But *bank* needs *river* more than *river* needs *bank*:
-# what a token looks for and what it has to offer are two different things.
+# token itself, so everyone marks itself. And the score of a pair is the same both ways. But *bank*
+# needs *river* more than *river* needs *bank*: what a token looks for and what it has to offer are
+# two different things.
 #
 # ## Query, key, value
 #
@@ -451,8 +452,8 @@ class Attention(nn.Module):
         """Return what each token gathered, `[B, T, D]`.
 
         `visible` is `[B, 1 or H, T, S]` and may hide more than the future, never less; None means
-        plain causal. With a `cache`, the T new
-        tokens stand at positions `start ...` and also see everything stored before.
+        plain causal. With a `cache`, the T new tokens stand at positions `start ...` and also see
+        everything stored before.
         """
         B, T, _ = x_BTD.shape
         q = self.q_norm(self.q(x_BTD).view(B, T, -1, self.head_width)).transpose(1, 2)
@@ -900,9 +901,9 @@ picture("05_bank", draw_maps)
 # looked, not why the model said what it said; Jain and Wallace argued about that in 2019.)
 #
 # Then what about the single head? It has the same number of weights, and does worse. It looks with one
-# pair of eyes. A likely reason: in the beginning all marks are random, and a word that happens to stare at a full stop
-# hardly gets a gradient that says "look at the river instead". Four heads begin with four different
-# stares, and one of them is near enough.
+# pair of eyes. A likely reason: in the beginning all marks are random, and a word that happens to
+# stare at a full stop hardly gets a gradient that says "look at the river instead". Four heads begin
+# with four different stares, and one of them is near enough.
 #
 # <!-- widget: attention -->
 #

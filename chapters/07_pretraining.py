@@ -502,7 +502,8 @@ print(f"{len(before)} directions; the strongest {count} hold 90 % of the gradien
 # 2024) makes all directions equally loud: it keeps them, and sets every singular value near one.
 #
 # The exact way is a singular value decomposition (chapter 04), $X = U S V^T$, and then $U V^T$: U and
-# V only turn, so that $U^TU$ and $V^TV$ change nothing, and S holds the singular values. It is slow. The trick is a polynomial of odd powers,
+# V only turn, so that $U^TU$ and $V^TV$ change nothing, and S holds the singular values. It is slow.
+# The trick is a polynomial of odd powers,
 #
 # $$X \to aX + b(XX^T)X + c(XX^T)^2X.$$
 #
@@ -556,8 +557,8 @@ assert F.cosine_similarity(found.flatten(), (u @ vt).flatten(), dim=0) > 0.95
 # noise.
 #
 # The optimizer adds momentum: it remembers a running average of past gradients and looks one step
-# ahead with it (Nesterov's variant). All matrices of one shape go through the polynomial together, which
-# keeps the processor busier than one after the other would.
+# ahead with it (Nesterov's variant). All matrices of one shape go through the polynomial together,
+# which keeps the processor busier than one after the other would.
 
 
 # %% tags=["export"]

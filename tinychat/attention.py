@@ -128,8 +128,8 @@ class Attention(nn.Module):
         """Return what each token gathered, `[B, T, D]`.
 
         `visible` is `[B, 1 or H, T, S]` and may hide more than the future, never less; None means
-        plain causal. With a `cache`, the T new
-        tokens stand at positions `start ...` and also see everything stored before.
+        plain causal. With a `cache`, the T new tokens stand at positions `start ...` and also see
+        everything stored before.
         """
         B, T, _ = x_BTD.shape
         q = self.q_norm(self.q(x_BTD).view(B, T, -1, self.head_width)).transpose(1, 2)

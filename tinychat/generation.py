@@ -288,11 +288,18 @@ def _draw(
         if not running:
             return
         if leave and len(running) <= len(rows) // 2:
-            places = [place for place, row in enumerate(rows) if row in running]
-            rows = [rows[place] for place in places]
-            places_B = torch.tensor(places, device=model.device)
-            cache.keep(places_B)
+            rows, places_B = drop_stopped(cache, rows, running, model.device)
             drawn_BT = drawn_BT[places_B]
+
+
+def drop_stopped(
+    cache: KVCache, rows: Sequence[int], running: Collection[int], device: torch.device
+) -> tuple[list[int], Tensor]:
+    """Keep only the `running` of the `rows` that a cache holds; return them and their places."""
+    places = [place for place, row in enumerate(rows) if row in running]
+    places_B = torch.tensor(places, device=device)
+    cache.keep(places_B)
+    return [rows[place] for place in places], places_B
 
 
 def rewind(cache: KVCache, held: Sequence[int], ids: Sequence[int]) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinychat.generation import draw_tokens, make_generator
+from tinychat.generation import draw_tokens, drop_stopped, make_generator
 from tinychat.gpt import GPT
 from tinychat.pretraining import Budget, pack_state, schedule, unpack_state
 from tinychat.runtime.device import has_compiler
@@ -189,10 +189,7 @@ def sample_replies(
             break
         unread_BT = tokens_B[:, None]
         if len(running) <= len(rows) // 2:
-            left = [place for place, row in enumerate(rows) if row in running]
-            rows = [rows[place] for place in left]
-            places_B = torch.tensor(left, device=model.device)
-            cache.keep(places_B)
+            rows, places_B = drop_stopped(cache, rows, running, model.device)
             unread_BT = unread_BT[places_B]
     return replies, logprobs
 

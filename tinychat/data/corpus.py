@@ -20,11 +20,6 @@ def _dialogues(name: str) -> tuple[Dialogue, ...]:
 
 
 @cache
-def _records(name: str) -> tuple[tuple[str, dict[str, object]], ...]:
-    return tuple(_read(f"{name}.jsonl"))
-
-
-@cache
 def _documents(name: str) -> tuple[Document, ...]:
     return tuple(
         # The title is part of a story as it is told.
@@ -53,7 +48,7 @@ def graded() -> list[tuple[str, dict[str, object]]]:
 
     `tinychat.data.preferences.corpus_graded` makes ranked replies of them.
     """
-    return list(_records("graded"))
+    return _read("graded.jsonl")
 
 
 def stories() -> list[Document]:

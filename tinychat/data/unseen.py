@@ -69,11 +69,9 @@ def unseen_prompts(
                 seen.add(prompt_key(prompt))
             else:
                 own.setdefault(prompt_key(prompt), prompt)
-    ranked = by_part([*corpus_ranked(), *corpus_graded()])
-    for group in (*ranked["validation"], *ranked["test"]):
-        own.setdefault(prompt_key(group.prompt), group.prompt)
     public = _left_out_by_ppo(folder) if folder else {}
-    seen |= {prompt_key(group.prompt) for group in ranked["train"]}
+    ranked = by_part([*corpus_ranked(), *corpus_graded()])["train"]
+    seen |= {prompt_key(group.prompt) for group in ranked}
     seen |= _seen_elsewhere(folder, own.keys() | public.keys())
     ours, theirs = (
         sorted(
