@@ -1,11 +1,27 @@
 """The reward model's exam: who finds the right answer, worked out by hand."""
 
+from dataclasses import replace
+
+import fakes
 import torch
 from fakes import PERU, ByteTokenizer, ScriptedGPT, talk
 
 from tinychat.cli import reward_exam
-from tinychat.cli.reward_exam import in_order, print_exam, right_share, sit_exam
+from tinychat.cli.reward_exam import (
+    in_order,
+    print_exam,
+    print_readers,
+    readers_order,
+    right_share,
+    sit_exam,
+)
 from tinychat.data.facts import Facts
+from tinychat.data.groups import tokenize_groups
+from tinychat.data.preferences import Ranked, Reply
+from tinychat.data.records import Message
+from tinychat.dialogue import render_prompt
+from tinychat.gpt import GPT, GPTConfig
+from tinychat.reward_model import RewardModel
 
 
 def test_order_by_hand():
@@ -71,3 +87,40 @@ def test_nothing_right_tells_nothing(monkeypatch):
     none = [[pieces.end_id]] * 8, [[-1.0]] * 8
     monkeypatch.setattr("tinychat.ppo.sample_replies", lambda *args, **rest: none)
     assert sit_exam(Marker(None), ScriptedGPT([]), pieces, [talk(*PERU)]) is None
+
+
+SHAPE = GPTConfig(
+    width=32, layers=2, heads=2, kv_heads=1, head_width=16, hidden=64, vocab_size=263, context=96
+)
+
+
+def sureness(gpt: GPT, prompt: tuple[Message, ...], text: str) -> float:
+    """Mean log-prob a token, the slow way."""
+    pieces = ByteTokenizer()
+    asked, said = render_prompt(prompt, pieces), [*pieces.encode(text), pieces.end_id]
+    with torch.no_grad():
+        logprobs_TV = gpt(torch.tensor([asked + said]))[0].log_softmax(-1)
+    places = range(len(asked) - 1, len(asked) + len(said) - 1)
+    nats = [logprobs_TV[n, id].item() for n, id in zip(places, said, strict=True)]
+    return sum(nats) / len(nats)
+
+
+def test_the_readers_order(capsys):
+    pieces, chat = ByteTokenizer(), fakes.stirred(SHAPE, 0, by=0.2)
+    groups = []
+    for text in ("a b", "what", "who is it"):
+        prompt = (Message("user", text),)
+        said = sorted(["no", "maybe so", "yes!"], key=lambda s: -sureness(chat, prompt, s))
+        order = tuple(Reply(reply, rank) for rank, reply in enumerate(said))
+        groups.append(Ranked(prompt, order, "graded", text))
+    ranks = tuple(Reply(reply.text, 2 - reply.rank) for reply in groups[-1].replies)
+    groups.append(replace(groups[-1], replies=ranks, source="corpus"))  # nobody's marks
+    held_out = tokenize_groups(groups, pieces, sequence=96)
+    contrary = RewardModel(chat, pieces.assistant_id, surety=-1.0)
+    found = readers_order(contrary, chat, pieces, held_out)
+    assert found == {"pairs": 9, "by_mark": 0.0, "by_logprob": 1.0}
+    print_readers(found)
+    assert "9 held-out pairs that readers marked, 0.0% are in their" in capsys.readouterr().out
+    assert readers_order(contrary, chat, pieces, held_out[-1:]) is None
+    print_readers(None)
+    assert capsys.readouterr().out == ""

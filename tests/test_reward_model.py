@@ -1,5 +1,6 @@
 """The reward model: loss by hand, padding, normalising, files, learning, resuming, the command."""
 
+import copy
 import json
 import math
 import re
@@ -211,6 +212,52 @@ def test_normalising_takes_two():
         normalize(stirred(), texts(1), 0)
 
 
+# What the writer knows
+
+
+def logprob_by_hand(gpt: GPT, tokens: list[int]) -> float:
+    """Mean log-prob of what stands behind the last `<|assistant|>`, token by token."""
+    first = len(tokens) - tokens[::-1].index(6)
+    with torch.no_grad():
+        logits_TV = gpt(torch.tensor([tokens]))[0].float()
+    nats = [logits_TV[n - 1].log_softmax(-1)[tokens[n]].item() for n in range(first, len(tokens))]
+    return sum(nats) / len(nats)
+
+
+def test_with_surety_the_first_marks_are_the_log_probs():
+    model = RewardModel(fakes.stirred(SHAPE, 0, by=0.2), surety=3.0).eval()
+    some = texts(9)
+    expected = [3 * logprob_by_hand(model.gpt, tokens) for tokens in some]
+    assert score(model, some, 0, batch=4).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_surety_is_added_to_the_head():
+    plain = stirred()
+    both = RewardModel(copy.deepcopy(plain.gpt), surety=0.5).eval()
+    both.head.load_state_dict(plain.head.state_dict())
+    some = texts(5)
+    added = [0.5 * logprob_by_hand(plain.gpt, tokens) for tokens in some]
+    gap = score(both, some, 0) - score(plain, some, 0)
+    assert gap.tolist() == pytest.approx(added, abs=1e-4)
+
+
+def test_pairs_teach_through_the_log_probs():
+    model = RewardModel(fakes.stirred(SHAPE, 0, by=0.2), surety=2.0).train()
+    model.head.weight.requires_grad_(False)
+    group = group_of("q", "good one", "bad one")
+    batch = collate([group], pad=0)
+    optimizer = torch.optim.SGD(model.gpt.parameters(), lr=0.1)
+    losses = []
+    for _ in range(5):
+        marks = model(batch.ids_BT, last_B=batch.last_B)
+        loss = bradley_terry(marks, *batch[2:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.01, "with a silent head, only p can have learned"
+
+
 # Files
 
 
@@ -218,6 +265,7 @@ def real(seed: int = 0) -> tuple[RewardModel, Tokenizer]:
     tokenizer = Tokenizer(tokenizer_model())
     shape = replace(SHAPE, vocab_size=tokenizer.vocab_size)
     model = stirred(seed, shape)
+    model.surety.fill_(1.5)
     add_words(model, torch.randn(tokenizer.vocab_size), texts(20), 0)
     normalize(model, texts(20), 0)
     return model, tokenizer
@@ -234,7 +282,7 @@ def test_round_trip(tmp_path, kind, off):
     some = texts(20, seed=5)
     moved = (score(again, some, 0) - score(model, some, 0)).abs()
     assert moved.max().item() <= off
-    for name in ("mean", "deviation", "length_slope"):
+    for name in ("mean", "deviation", "length_slope", "surety"):
         assert torch.equal(getattr(again, name), getattr(model, name))
     assert torch.equal(again.head.weight, model.head.weight), "the head stays exact"
     assert torch.equal(again.words, model.words), "so do the words"

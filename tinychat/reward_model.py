@@ -46,21 +46,25 @@ class RewardModel(nn.Module):
     `length_slope` turn its raw number into a mark that is 0 for an average good reply, 1 for one
     a standard deviation better, and doesn't grow with length alone; `normalize` sets them.
     `words` is a second opinion, a weight for each token `[V]`; `add_words` sets it.
+    `surety` is what a nat of the GPT's own mean log-prob of the reply's tokens counts beside the
+    head; with it the head begins at zero, so that the first marks are the GPT's own opinion.
     `opener` is the token `<|assistant|>`, behind which the reply begins.
     """
 
     mean: Tensor
     deviation: Tensor
     length_slope: Tensor
+    surety: Tensor
     words: Tensor
 
-    def __init__(self, gpt: GPT, opener: int = 6):
+    def __init__(self, gpt: GPT, opener: int = 6, surety: float = 0.0):
         super().__init__()
         self.gpt = gpt
         self.opener = opener
         # No bias: only differences of marks are learned, and `mean` sets the level.
         self.head = nn.Linear(gpt.config.width, 1, bias=False, dtype=torch.float32)
-        nn.init.normal_(self.head.weight, std=(gpt.config.width + 1) ** -0.5)
+        nn.init.normal_(self.head.weight, std=0.0 if surety else (gpt.config.width + 1) ** -0.5)
+        self.register_buffer("surety", torch.tensor(surety))
         self.register_buffer("mean", torch.tensor(0.0))
         self.register_buffer("deviation", torch.tensor(1.0))
         self.register_buffer("length_slope", torch.tensor(0.0))
@@ -85,6 +89,8 @@ class RewardModel(nn.Module):
         h_BD = h_BTD[torch.arange(B, device=h_BTD.device), last_B].float()
         with torch.autocast(h_BD.device.type, enabled=False):  # marks are compared finely
             raw_B = self.head(h_BD)[:, 0] + self.word_marks(ids_BT, last_B)
+        if self.surety:
+            raw_B = raw_B + self.surety * self.reply_logprobs(h_BTD, ids_BT, last_B)
         raw_B = raw_B - self.length_slope * self.log_lengths(ids_BT, last_B)
         return (raw_B - self.mean) / self.deviation
 
@@ -94,6 +100,18 @@ class RewardModel(nn.Module):
         so_far_BT = places_T <= last_B[:, None]
         opener_B = ((ids_BT == self.opener) & so_far_BT).mul(places_T).amax(dim=1)
         return so_far_BT & (places_T > opener_B[:, None])
+
+    def reply_logprobs(self, h_BTD: Tensor, ids_BT: Tensor, last_B: Tensor) -> Tensor:
+        """Return the mean log-prob of each reply's tokens, `[B]`, by the model's own GPT.
+
+        `h_BTD` are the last layer's vectors; the one at a place predicts the token at the next.
+        """
+        next_BT = self.in_reply(ids_BT, last_B)[:, 1:]
+        rows_N, _ = next_BT.nonzero(as_tuple=True)
+        logits_NV = F.linear(h_BTD[:, :-1][next_BT], self.gpt.embed.weight)
+        nats_N = F.cross_entropy(logits_NV.float(), ids_BT[:, 1:][next_BT], reduction="none")
+        sums_B = torch.zeros(len(ids_BT), device=nats_N.device).index_add(0, rows_N, nats_N)
+        return -sums_B / next_BT.sum(dim=1).clamp(min=1)
 
     def log_lengths(self, ids_BT: Tensor, last_B: Tensor) -> Tensor:
         """Return ln(1 + tokens of the reply) of each row, `[B]`."""
@@ -325,6 +343,8 @@ class RewardConfig:
     "largest norm of the whole gradient"
     words: float = 0.6
     "how loudly the word weights speak beside the network; 0 silences them"
+    surety: float = 2.0
+    "what a nat a token of the network's own log-probability counts; 0 leaves it out"
     seed: int = 0
     "decides the head's first weights and the order of the prompts"
     precision: str = "auto"
@@ -341,12 +361,14 @@ class RewardConfig:
             raise ConfigError(f"replies is {self.replies}; a comparison needs at least 2.")
         if not 0 <= self.words < math.inf:
             raise ConfigError(f"words is {self.words}; it must be 0 or a number above it.")
+        if not 0 <= self.surety < math.inf:
+            raise ConfigError(f"surety is {self.surety}; it must be 0 or a number above it.")
         self.loop()  # the loop refuses everything else that makes no sense
 
     def loop(self) -> TrainConfig:
         """The same settings for the parts of chapter 07's loop."""
         shared = asdict(self)
-        for name in ("epochs", "replies", "words"):
+        for name in ("epochs", "replies", "words", "surety"):
             del shared[name]
         return TrainConfig(**shared, compiled=False)
 
@@ -582,7 +604,9 @@ def save_reward(
     extra = {
         "reward.head": model.head.weight[0],  # a vector, so that it stays float32 in int8 files
         "reward.words": model.words,
-        "reward.numbers": torch.stack([model.mean, model.deviation, model.length_slope]),
+        "reward.numbers": torch.stack(
+            [model.mean, model.deviation, model.length_slope, model.surety]
+        ),
     }
     return checkpoint.save(
         path,
@@ -614,7 +638,7 @@ def load_reward(path: str | Path) -> tuple[RewardModel, Tokenizer, CheckpointInf
     words_V = state.pop("reward.words", torch.empty(0))
     shapes = head_D.shape, words_V.shape
     wanted = (info.config["width"],), (info.config["vocab_size"],)
-    if shapes != wanted or numbers.shape != (3,) or not numbers[1] > 0:
+    if shapes != wanted or numbers.shape != (4,) or not numbers[1] > 0:
         raise CheckpointError(
             f"{path}: the reward model's head is missing or misshapen; "
             "get or train the checkpoint again."
@@ -626,7 +650,7 @@ def load_reward(path: str | Path) -> tuple[RewardModel, Tokenizer, CheckpointInf
     with torch.no_grad():
         model.head.weight.copy_(head_D)
     for buffer, value in zip(
-        (model.mean, model.deviation, model.length_slope), numbers, strict=True
+        (model.mean, model.deviation, model.length_slope, model.surety), numbers, strict=True
     ):
         buffer.copy_(value)
     model.words.copy_(words_V)

@@ -1,4 +1,4 @@
-"""An exam for a reward model: among the chat model's own answers, does it find the right one?
+"""Two exams for a reward model: among a chat model's own replies, does it find the better one?
 
 Held-out pairs that people wrote say little of it: all of our reward models were good at those,
 chose worse than chance here, and PPO with them lost facts (chapters/lab_notes.md).
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from tinychat.data.groups import Group
     from tinychat.data.records import Dialogue
     from tinychat.gpt import GPT
     from tinychat.reward_model import RewardModel
@@ -130,6 +131,39 @@ def in_order(right_QN: Tensor, mark_QN: Tensor) -> float:
         gap_RW = mark_N[right_N][:, None] - mark_N[~right_N][None, :]
         shares.append(float((gap_RW > 0).float().mean() + 0.5 * (gap_RW == 0).float().mean()))
     return round(sum(shares) / len(shares), 4)
+
+
+def readers_order(
+    model: RewardModel, chat: GPT, pieces: Tokenizer, held_out: Iterable[Group]
+) -> dict[str, Any] | None:
+    """Which share of the pairs that readers marked is in their order; None without any.
+
+    `by_mark` is the reward model's share, and `by_logprob` that of `chat`'s mean log-probability
+    a token.
+    """
+    from tinychat.reward_model import accuracy, judge, mean_logprobs, regroup, score_groups
+
+    graded = [group for group in held_out if group.ranked.source == "graded"]
+    if not graded:
+        return None
+    asked = [group.tokens[0][: group.start] for group in graded for _ in group.tokens]
+    said = [tokens[group.start :] for group in graded for tokens in group.tokens]
+    sure = regroup(mean_logprobs(chat, asked, said, pieces.pad_id), graded)
+    judged = judge(graded, score_groups(model, graded, pieces.pad_id))
+    return {
+        "pairs": len(judged),
+        "by_mark": round(accuracy(judged), 4),
+        "by_logprob": round(accuracy(judge(graded, sure)), 4),
+    }
+
+
+def print_readers(found: dict[str, Any] | None) -> None:
+    """What `readers_order` found, in one sentence."""
+    if found:
+        print(
+            f"Of {found['pairs']} held-out pairs that readers marked, {found['by_mark']:.1%} are "
+            f"in their order (by the chat model's log-probability {found['by_logprob']:.1%})."
+        )
 
 
 def print_exam(exam: dict[str, Any] | None) -> None:

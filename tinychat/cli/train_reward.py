@@ -12,7 +12,7 @@ import typer
 
 from tinychat.cli.outcome import curve, last_loss, lineage_of, print_next, stop_here, write_reward
 from tinychat.cli.progress import training_progress
-from tinychat.cli.reward_exam import print_exam, sit_exam
+from tinychat.cli.reward_exam import print_exam, print_readers, readers_order, sit_exam
 from tinychat.cli.reward_report import print_report, report
 from tinychat.cli.reward_samples import in_turn, take_samples, unwritten
 from tinychat.cli.runs import (
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 OWN_SAMPLES = "on_policy.jsonl"
 SAMPLES = 1200
+GRADED = 3  # readings of the readers' marks: few prompts, and what PPO asks for
 REFERENCES = 1000  # good replies that set mean, deviation and the slope against length
 HELD_OUT_NEAR = 250  # near misses in the validation part and in the test part, at most
 UNSEEN_PROMPTS = 80  # held-out prompts that the sampler answers too, to measure on
@@ -241,6 +242,7 @@ def reward(
         tokens_of([*parts[side], *foreign[side], *more[side], *votes_of[side]])
         for side in ("validation", "test")
     )
+    again = [group for group in train if group.ranked.source == "graded"]
     held_out = validation + test
     references = [
         group.tokens[0] for group in tokens_of([g for g in strangers if g.source == "corpus"])
@@ -248,12 +250,12 @@ def reward(
 
     # 3. Train.
     torch.manual_seed(config.seed)
-    model = RewardModel(gpt, pieces.assistant_id).to(place).train()
+    model = RewardModel(gpt, pieces.assistant_id, config.surety).to(place).train()
     title = f"reward: {len(train):,} prompts"
     with training_progress(title, gpt.config.parameters, True) as (show, stop):
         result = fit_reward(
             model,
-            train,
+            train + again * (GRADED - 1),
             config,
             folder,
             pad=pieces.pad_id,
@@ -276,6 +278,7 @@ def reward(
     chat = load_model(record["reward_of"])[0].to(place)  # `gpt` has become the reward model
     exam = sit_exam(model, chat, pieces, [*simple["validation"], *simple["test"]], config.seed)
     metrics["exam"] = exam
+    metrics["readers"] = readers = readers_order(model, chat, pieces, held_out)
     metrics |= {"loss": last_loss(result, folder), "curve": curve(folder)}
     lineage = lineage_of(
         result,
@@ -291,6 +294,7 @@ def reward(
     saved = write_reward(path, model, pieces, lineage, metrics, references)
     print_report(metrics)
     print_exam(exam)
+    print_readers(readers)
     print(f"\n{path}: {saved.bytes / 1e6:.1f} MB.")
     if record["judge"]:
         print("A judge: measure with it, and never train a policy on it.")
