@@ -1205,6 +1205,24 @@ def mean_logprobs(
     return mean_N
 
 
+def prompts_and_replies(
+    groups: Sequence[Group],
+) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+    """Return the prompt and the reply of every text, in order; `regroup` puts numbers back."""
+    prompts: list[Sequence[int]] = [
+        group.tokens[0][: group.start] for group in groups for _ in group.tokens
+    ]
+    replies: list[Sequence[int]] = [
+        tokens[group.start :] for group in groups for tokens in group.tokens
+    ]
+    return prompts, replies
+
+
+def group_logprobs(gpt: GPT, groups: Sequence[Group], pad: int) -> list[list[float]]:
+    """Return `gpt`'s mean log-prob a token of every reply, group by group."""
+    return regroup(mean_logprobs(gpt, *prompts_and_replies(groups), pad), groups)
+
+
 def question_fit(
     gpt: GPT,
     prompts: Sequence[Sequence[int]],
@@ -1227,9 +1245,7 @@ blank = render_prompt((Message("user", "..."),), tokenizer, context=SEQUENCE, re
 
 def fits_in(groups: Sequence[Group]) -> list[list[float]]:
     """The fit of every reply, group by group."""
-    prompts = [group.tokens[0][: group.start] for group in groups for _ in group.tokens]
-    replies = [tokens[group.start :] for group in groups for tokens in group.tokens]
-    return regroup(question_fit(sft, prompts, replies, blank, PAD), groups)
+    return regroup(question_fit(sft, *prompts_and_replies(groups), blank, PAD), groups)
 
 
 fit_of = fits_in(others)
@@ -1265,19 +1281,10 @@ assert question_fit(sft, [blank], [some.tokens[0][some.start :]], blank, PAD).ab
 # %%
 of_readers = by_part(marked)
 exam = tokenized((of_readers["validation"] + of_readers["test"])[: amount(138, 60, 8)])
-
-
-def sureness(groups: Sequence[Group]) -> list[list[float]]:
-    """The chat model's mean log-prob a token of every reply, group by group."""
-    prompts = [group.tokens[0][: group.start] for group in groups for _ in group.tokens]
-    replies = [tokens[group.start :] for group in groups for tokens in group.tokens]
-    return regroup(mean_logprobs(sft, prompts, replies, PAD), groups)
-
-
 exam_marks = {
     "words alone": bag_scores(words, exam),
     "our marks": score_groups(model, exam, PAD),
-    "log-prob of the chat model": sureness(exam),
+    "log-prob of the chat model": group_logprobs(sft, exam, PAD),
 }
 print(f"{len(exam)} held-out prompts, in the readers' order:")
 for name, its_marks in exam_marks.items():
@@ -1301,7 +1308,9 @@ for name, its_marks in exam_marks.items():
 
 # %% tags=["test"]
 beginner = RewardModel(copy.deepcopy(sft), tokenizer.assistant_id, surety=2.0).eval()
-for first, sure in zip(score_groups(beginner, exam[:4], PAD), sureness(exam[:4]), strict=True):
+some = exam[:4]
+pairs_of_marks = zip(score_groups(beginner, some, PAD), group_logprobs(sft, some, PAD), strict=True)
+for first, sure in pairs_of_marks:
     torch.testing.assert_close(torch.tensor(first), 2 * torch.tensor(sure), atol=1e-3, rtol=0)
 
 # %%

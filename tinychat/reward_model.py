@@ -552,6 +552,24 @@ def mean_logprobs(
     return mean_N
 
 
+def prompts_and_replies(
+    groups: Sequence[Group],
+) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+    """Return the prompt and the reply of every text, in order; `regroup` puts numbers back."""
+    prompts: list[Sequence[int]] = [
+        group.tokens[0][: group.start] for group in groups for _ in group.tokens
+    ]
+    replies: list[Sequence[int]] = [
+        tokens[group.start :] for group in groups for tokens in group.tokens
+    ]
+    return prompts, replies
+
+
+def group_logprobs(gpt: GPT, groups: Sequence[Group], pad: int) -> list[list[float]]:
+    """Return `gpt`'s mean log-prob a token of every reply, group by group."""
+    return regroup(mean_logprobs(gpt, *prompts_and_replies(groups), pad), groups)
+
+
 def question_fit(
     gpt: GPT,
     prompts: Sequence[Sequence[int]],

@@ -141,14 +141,12 @@ def readers_order(
     `by_mark` is the reward model's share, and `by_logprob` that of `chat`'s mean log-probability
     a token.
     """
-    from tinychat.reward_model import accuracy, judge, mean_logprobs, regroup, score_groups
+    from tinychat.reward_model import accuracy, group_logprobs, judge, score_groups
 
     graded = [group for group in held_out if group.ranked.source == "graded"]
     if not graded:
         return None
-    asked = [group.tokens[0][: group.start] for group in graded for _ in group.tokens]
-    said = [tokens[group.start :] for group in graded for tokens in group.tokens]
-    sure = regroup(mean_logprobs(chat, asked, said, pieces.pad_id), graded)
+    sure = group_logprobs(chat, graded, pieces.pad_id)
     judged = judge(graded, score_groups(model, graded, pieces.pad_id))
     return {
         "pairs": len(judged),
