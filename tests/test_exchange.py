@@ -7,7 +7,7 @@ import pytest
 
 from tinychat.data import exchange
 from tinychat.data.corpus import basics
-from tinychat.data.exchange import mismatched, near_misses, refusals
+from tinychat.data.exchange import exchanged, mismatched, near_misses, refusals
 from tinychat.data.preferences import Ranked, Reply, by_part, corpus_answered, corpus_ranked
 from tinychat.data.records import Dialogue, Message
 from tinychat.data.split import by_split, split_of
@@ -39,6 +39,17 @@ def test_only_the_prompt_tells_own_replies_from_foreign_ones():
     assert mismatched(groups, count=2) == found == mismatched(groups[::-1], count=2)
     # Replies that two prompts share are no pair.
     assert mismatched([ranked("a", "same", "x"), ranked("b", "same", "y")]) == []
+
+
+def test_no_kind_of_exchange_drowns_the_others():
+    groups = [ranked(f"q{n}", f"reply {n}") for n in range(9)]
+    talks = [talk("t", f"tell me of w{n}", f"A w{n} is a thing.") for n in range(8)]
+    talks += [talk("t", f"who is w{n}", f"I don't know w{n}.") for n in range(20, 28)]
+    talks += [talk("other", "hi", "Hello!")]
+    for most in (2, 5):
+        found = Counter(group.source for group in exchanged(groups, talks, most))
+        assert found == {"mismatch": most, "basics": most, "refusals": most}
+    assert Counter(g.source for g in exchanged(groups, talks)).keys() == found.keys()
 
 
 def test_a_near_miss_is_of_the_same_kind_and_answers_another_question(monkeypatch):

@@ -323,7 +323,7 @@ def bag_scores(weight_V: Tensor, groups: Sequence[Group]) -> list[list[float]]:
 class RewardConfig:
     """What decides a reward model's training besides the model and the ranked replies."""
 
-    epochs: float = 2.0
+    epochs: float = 1.0
     "readings of all prompts; more are soon learned by heart"
     batch: int = 16
     "prompts a step, each with all its replies"
@@ -341,7 +341,7 @@ class RewardConfig:
     "share of the steps, at the end, in which the rates fall to zero"
     clip: float = 1.0
     "largest norm of the whole gradient"
-    words: float = 0.6
+    words: float = 0.3
     "how loudly the word weights speak beside the network; 0 silences them"
     surety: float = 2.0
     "what a nat a token of the network's own log-probability counts; 0 leaves it out"

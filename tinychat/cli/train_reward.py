@@ -40,10 +40,11 @@ if TYPE_CHECKING:
     from tinychat.reward_model import RewardModel
 
 OWN_SAMPLES = "on_policy.jsonl"
-SAMPLES = 1200
-GRADED = 3  # readings of the readers' marks: few prompts, and what PPO asks for
+SAMPLES = 300
+GRADED = 2  # readings of the readers' marks: few prompts, and what PPO asks for
+EXCHANGED = 300  # of each kind of exchanged replies; thousands of them drown the readers' marks
 REFERENCES = 1000  # good replies that set mean, deviation and the slope against length
-HELD_OUT_NEAR = 250  # near misses in the validation part and in the test part, at most
+HELD_OUT = 250  # of each kind in the validation part and in the test part
 UNSEEN_PROMPTS = 80  # held-out prompts that the sampler answers too, to measure on
 
 
@@ -100,7 +101,7 @@ def reward(
     import torch
 
     from tinychat.data.corpus import basics
-    from tinychat.data.exchange import mismatched, near_misses, refusals
+    from tinychat.data.exchange import exchanged
     from tinychat.data.groups import tokenize_groups
     from tinychat.data.preferences import (
         by_part,
@@ -207,13 +208,10 @@ def reward(
         if for_judge(one.messages[:-1]) == record["judge"]
         and prompt_key(one.messages[:-1]) not in held
     ]
-    near = {
-        side: near_misses(some) if side == "train" else near_misses(some, HELD_OUT_NEAR)
-        for side, some in simple.items()
-    }
     foreign = {
-        side: [*mismatched(groups), *near[side], *refusals(simple[side])]
-        for side, groups in answered.items()
+        "train": exchanged(answered["train"], simple["train"], EXCHANGED),
+        "validation": exchanged(answered["validation"], simple["validation"], HELD_OUT),
+        "test": exchanged(answered["test"], simple["test"], HELD_OUT),
     }
     kept = folder / OWN_SAMPLES
     if record["samples"] and not kept.is_file():

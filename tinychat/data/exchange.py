@@ -99,3 +99,11 @@ def refusals(answered: Sequence[Dialogue]) -> list[Ranked]:
             )
             found.append(Ranked(one.messages[:-1], replies, "refusals", one.id))
     return found
+
+
+def exchanged(
+    answered: Sequence[Ranked], simple: Sequence[Dialogue], most: int = NEAR_MISSES
+) -> list[Ranked]:
+    """At most `most` of each of the three kinds; give conversations of one part and one half."""
+    kinds = (mismatched(answered), near_misses(simple, most), refusals(simple))
+    return [one for kind in kinds for one in kind[:most]]
