@@ -624,6 +624,7 @@ def test_the_judge_learns_from_other_prompts(here):
     [
         (["--from", "gone"], "No checkpoint 'gone'"),
         (["--samples", "-1"], "--samples is -1"),
+        (["--exchanged", "-1"], "--exchanged is -1"),
         (["--minutes", "0"], "--minutes is 0"),
         (["--votes", "gone.jsonl"], "gone.jsonl can't be read"),
         (["--set", "epoch=1"], "did you mean epochs?"),

@@ -75,6 +75,14 @@ def reward(
             help=f"Prompts that a model answers itself, to learn its flaws; {SAMPLES} if left out.",
         ),
     ] = None,
+    exchanged: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Prompts with replies of other questions, of each of three kinds at most; "
+            f"{EXCHANGED} if left out.",
+        ),
+    ] = None,
     sampler: Annotated[
         list[str] | None,
         typer.Option(
@@ -101,7 +109,7 @@ def reward(
     import torch
 
     from tinychat.data.corpus import basics
-    from tinychat.data.exchange import exchanged
+    from tinychat.data.exchange import exchanged as exchange
     from tinychat.data.groups import tokenize_groups
     from tinychat.data.preferences import (
         by_part,
@@ -136,6 +144,8 @@ def reward(
         check_minutes(minutes, resume)
     if samples is not None and samples < 0:
         raise ConfigError(f"--samples is {samples}; give 0 for none, or a number of prompts.")
+    if exchanged is not None and exchanged < 0:
+        raise ConfigError(f"--exchanged is {exchanged}; give 0 for none, or a number of prompts.")
     folder = run_folder(run, resume)
     samplers_named = [str(find_checkpoint(name)) for name in sampler or []]
     twins_named = [str(find_checkpoint(name)) for name in average or []]
@@ -148,6 +158,7 @@ def reward(
                 "--judge": (judge or None, record["judge"]),
                 "--votes": (votes and str(votes), record["votes"]),
                 "--samples": (samples, record["samples"]),
+                "--exchanged": (exchanged, record.get("exchanged", EXCHANGED)),
                 "--sampler": (samplers_named or None, record["sampler"]),
                 "--average": (twins_named or None, record.get("average", [])),
             },
@@ -159,6 +170,7 @@ def reward(
             "judge": judge,
             "votes": str(votes) if votes else None,
             "samples": SAMPLES if samples is None else samples,
+            "exchanged": EXCHANGED if exchanged is None else exchanged,
             "sampler": samplers_named,
             "average": twins_named,
             "data": str(data) if data else None,
@@ -209,9 +221,9 @@ def reward(
         and prompt_key(one.messages[:-1]) not in held
     ]
     foreign = {
-        "train": exchanged(answered["train"], simple["train"], EXCHANGED),
-        "validation": exchanged(answered["validation"], simple["validation"], HELD_OUT),
-        "test": exchanged(answered["test"], simple["test"], HELD_OUT),
+        "train": exchange(answered["train"], simple["train"], record.get("exchanged", EXCHANGED)),
+        "validation": exchange(answered["validation"], simple["validation"], HELD_OUT),
+        "test": exchange(answered["test"], simple["test"], HELD_OUT),
     }
     kept = folder / OWN_SAMPLES
     if record["samples"] and not kept.is_file():
