@@ -1506,10 +1506,10 @@ for beta, curve_of in hacked.items():
 # Even the reward model that begins with what the chat model knows (chapter 11) has its hole. Most of its
 # mark is how likely each token is, and nothing is as likely as a **stock phrase**. Held near its
 # start (0.4 nats a reply), a policy that was paid so said things that readers liked a little better. Let
-# loose (4 nats), it told "I'm sorry about that break. What happened?" to a broken thing, a frozen pipe and a
-# full stop: 115 of 300 people who had written to it were comforted, 52 before. Its mark had risen
-# from 0.9 to 1.6, the share of good replies not at all (lab notes, 2026-11-23). Two numbers of the report had
-# known: the KL, and distinct-2, down by an eighth.
+# loose (4 nats), it was sorry about everything: a broken thing ("I'm sorry about that break. What
+# happened?"), a frozen pipe, a lone full stop. 115 of 300 people who wrote to it were comforted, 52 before.
+# Its mark had risen from 0.9 to 1.6, the share of good replies not at all (lab notes, 2026-11-23). Two
+# numbers of the report had known: the KL, and distinct-2, down by an eighth.
 #
 # Here are the real runs of our lab notes, with a chat model and a reward model of ours. Drag the step
 # along the run, then drag beta: how far would the run have gone if each nat had cost that much?
