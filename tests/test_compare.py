@@ -122,7 +122,7 @@ def test_two_files_of_one_name_are_told_apart(asked, tmp_path, shipped):
 def test_mistakes(asked, monkeypatch, tmp_path):
     assert "question is empty" in told(run("compare", "", "--ckpt", "sft"))
     assert "reward model" in told(run("compare", "hi", "--ckpt", "reward", "--ckpt", "sft"))
-    assert "there is sft only; name them" in told(run("compare", "hi", "--ckpt", "sft"))
+    assert "only sft is named; name another" in told(run("compare", "hi", "--ckpt", "sft"))
     assert "No checkpoint 'stf': did you mean sft?" in told(
         run("compare", "hi", "--ckpt", "stf", "--ckpt", "sft")
     )
@@ -153,7 +153,7 @@ def test_compare_in_a_chat_from_a_pipe(asked, capsys):
 def test_a_mistake_in_a_chat(asked, capsys):
     chat(ScriptedGPT(["One."]), "a", "/compare sft", "/compare sft stf").run()
     out = said(capsys.readouterr().out)
-    assert "there is sft only" in out and "did you mean sft?" in out
+    assert "only sft is named" in out and "did you mean sft?" in out
 
 
 def test_compare_interrupted_in_a_chat(asked, capsys, monkeypatch):

@@ -61,6 +61,11 @@ def contenders(names: Sequence[str]) -> list[tuple[str, CheckpointInfo]]:
             except CheckpointError:
                 continue
     if len(found) < 2:
+        if len(names) == 1:
+            raise ConfigError(
+                f"Comparing takes two checkpoints, and only {names[0]} is named; "
+                "name another, as in base sft."
+            )
         raise ConfigError(
             f"Comparing takes two checkpoints, and there {'is' if found else 'are'} "
             f"{found[0].path.stem + ' only' if found else 'none'}; name them, as in base sft."

@@ -51,12 +51,13 @@ def training_progress(
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True, quiet=not enabled)
-    console.print(f"{title}: {millions(parameters)}. The first step takes longest.")
+    console.print(
+        f"{title}: {millions(parameters)}. The first step takes longest, minutes where it compiles."
+    )
     columns = (
         TextColumn("step {task.completed}/{task.fields[steps]}"),
         BarColumn(bar_width=24),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s"),
-        TextColumn("left {task.fields[left]}"),
+        TextColumn("{task.fields[figures]}"),
         TimeElapsedColumn(),
     )
     plain = not console.is_terminal
@@ -66,7 +67,7 @@ def training_progress(
         interruptible(console) as should_stop,
         Bar(*columns, console=console, disable=plain) as bar,
     ):
-        task = bar.add_task("", total=None, steps="?", loss=float("nan"), rate=0, left="?")
+        task = bar.add_task("", total=None, steps="?", figures="the first step")
 
         def show(progress: Progress) -> None:
             nonlocal smooth, announced
@@ -76,20 +77,18 @@ def training_progress(
             if known and not announced:
                 announced = True
                 console.print(f"{progress.steps:,} steps, ready in about {left}")
+            speed = f"{progress.tokens_per_second:,.0f} tokens/s"
             bar.update(
                 task,
                 completed=progress.step,
                 total=progress.steps if known else None,
                 steps=f"{progress.steps:,}" if known else "?",
-                loss=smooth,
-                rate=progress.tokens_per_second,
-                left=left,
+                figures=f"loss {smooth:.3f}  {speed}  left {left}",
             )
             if plain and progress.step % 50 == 0:
                 bits = ", ".join(f"{k} {v:.3f}" for k, v in progress.bits_per_byte.items())
                 console.print(
-                    f"step {progress.step}  loss {smooth:.3f}  "
-                    f"{progress.tokens_per_second:,.0f} tokens/s  left {left}  {bits}"
+                    f"step {progress.step}  loss {smooth:.3f}  {speed}  left {left}  {bits}"
                 )
 
         yield show, should_stop

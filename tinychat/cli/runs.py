@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tinychat.tokenizer import Tokenizer
 
 C = TypeVar("C")
+COMPILING = 5.0  # minutes of training from which on compiling pays: it takes one to two
 
 
 def check_minutes(minutes: float | None, resume: bool) -> None:
@@ -230,6 +231,11 @@ def settings_of(
         if minutes is None or setting.partition("=")[0] not in ("steps", "epochs")
     ]
     return [*old, *(new or [])]
+
+
+def without_compiling(minutes: float | None, chosen: list[str]) -> list[str]:
+    """The settings of a short run: it goes without compiling, unless it is told otherwise."""
+    return ["compiled=false", *chosen] if minutes and minutes < COMPILING else chosen
 
 
 def find_checkpoint(name: str) -> Path:

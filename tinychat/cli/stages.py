@@ -10,7 +10,7 @@ from typing import Any
 from tinychat.cli.evaluate import evaluate
 from tinychat.cli.plan import BY_NAME, Plan, Stage
 from tinychat.cli.progress import clock
-from tinychat.cli.runs import first_run, override
+from tinychat.cli.runs import COMPILING, first_run, override
 from tinychat.cli.train import tokenizer
 from tinychat.cli.train_base import base, read_text, read_tokenizer
 from tinychat.cli.train_ppo import ppo
@@ -18,7 +18,6 @@ from tinychat.cli.train_reward import reward
 from tinychat.cli.train_sft import sft
 
 SAVE = "save_minutes=1"  # what a kill may cost
-COMPILING = 3.0  # minutes of training from which on compiling pays
 QUICK = 10.0  # minutes in all below which the steps are small: otherwise too few would fit
 SMALL_STEPS = {
     "base": ["batch=8"],
@@ -125,7 +124,7 @@ def common(
 
 
 def compiling(plan: Plan, stage: Stage) -> list[str]:
-    """Compiling takes up to a minute: a short stage goes without, unless it is told otherwise."""
+    """Compiling takes a minute or two: a short stage goes without, unless it is told otherwise."""
     return ["compiled=false"] if plan.trained[stage.name] < COMPILING else []
 
 

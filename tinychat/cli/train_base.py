@@ -37,6 +37,7 @@ from tinychat.cli.runs import (
     run_folder,
     settings_of,
     update_record,
+    without_compiling,
     write_record,
 )
 from tinychat.cli.train import Data, Device, Minutes, Resume, Settings, train_app
@@ -133,7 +134,8 @@ def base(
             preset = size
         record = {"preset": preset or "mini"}
     chosen = settings_of(record, settings, minutes)
-    config = override(train_preset(record["preset"]), chosen)
+    within = minutes or record.get("minutes")
+    config = override(train_preset(record["preset"]), without_compiling(within, chosen))
     path = folder / "base.safetensors"
     if resume and is_finished(path, minutes, settings, "--minutes"):
         return

@@ -31,6 +31,7 @@ from tinychat.cli.runs import (
     run_folder,
     settings_of,
     update_record,
+    without_compiling,
     write_record,
 )
 from tinychat.cli.train import Device, Minutes, Resume, Settings, train_app
@@ -167,7 +168,7 @@ def sft(
     else:
         record = {"from": str(find_checkpoint(start or "base"))}
     chosen = settings_of(record, settings, minutes)
-    config = override(SFTConfig(), chosen)
+    config = override(SFTConfig(), without_compiling(minutes or record.get("minutes"), chosen))
     path = folder / "sft.safetensors"
     # A run by minutes has as many steps as fitted into them; more epochs would not add any.
     longer = "--minutes" if record.get("minutes") else "--minutes or --set epochs=N"
