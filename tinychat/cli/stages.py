@@ -10,7 +10,7 @@ from typing import Any
 from tinychat.cli.evaluate import evaluate
 from tinychat.cli.plan import BY_NAME, Plan, Stage
 from tinychat.cli.progress import clock
-from tinychat.cli.runs import COMPILING, first_run, override
+from tinychat.cli.runs import first_run, override, without_compiling
 from tinychat.cli.train import tokenizer
 from tinychat.cli.train_base import base, read_text, read_tokenizer
 from tinychat.cli.train_ppo import ppo
@@ -124,8 +124,8 @@ def common(
 
 
 def compiling(plan: Plan, stage: Stage) -> list[str]:
-    """Compiling takes a minute or two: a short stage goes without, unless it is told otherwise."""
-    return ["compiled=false"] if plan.trained[stage.name] < COMPILING else []
+    """What a stage's minutes say of compiling; it is kept with the run, whatever minutes follow."""
+    return without_compiling(plan.trained[stage.name], [])
 
 
 def result(plan: Plan, name: str) -> str:
