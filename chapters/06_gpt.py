@@ -616,13 +616,11 @@ PRESETS: dict[str, Callable[[], GPTConfig]] = {
 
 
 def preset(name: str) -> GPTConfig:
-    """Return the preset of that name; ConfigError names the nearest one."""
+    """Return the preset of that name; ConfigError names one that looks like it, and all."""
     if name not in PRESETS:
-        nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"There is no preset {name!r}; did you mean {nearest!r}? "
-            f"The presets are {', '.join(PRESETS)}."
-        )
+        close = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}? There are" if close else "there are"
+        raise ConfigError(f"There is no preset {name!r}; {hint} {', '.join(PRESETS)}.")
     return PRESETS[name]()
 
 

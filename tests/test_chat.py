@@ -307,6 +307,18 @@ def test_ctrl_c_during_a_reply_keeps_it(capsys):
     assert turns(chat)[1] == ("assistant", "one")
 
 
+def test_ctrl_c_before_the_first_word(capsys):
+    class Interrupted(ScriptedGPT):
+        def scores(self, ids):
+            raise KeyboardInterrupt
+
+    chat = session(Interrupted(["never"]))
+    Chat(FakeLoading(chat), FakeReader("count"), Screen(interactive=True)).run()
+    out = capsys.readouterr().out
+    assert out == "(stopped before the first word; the message was not kept)\n\n"
+    assert turns(chat) == []
+
+
 def test_ctrl_c_at_the_prompt(capsys):
     C = KeyboardInterrupt()
     assert transcript(capsys, ["ok"], C, "hi", C, C, "never") == (

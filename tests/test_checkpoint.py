@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tinychat.runtime import checkpoint, files, tensorfile
+from tinychat.runtime import checkpoint, files, search, tensorfile
 from tinychat.runtime.errors import CheckpointError, TinychatError
 
 CONFIG = {
@@ -600,8 +600,6 @@ def places(tmp_path: Path, monkeypatch) -> dict[str, Path]:
     folders = {name: tmp_path / name for name in ("checkpoints", "user", "package")}
     for folder in folders.values():
         folder.mkdir()
-    from tinychat.runtime import search
-
     monkeypatch.setattr(
         search,
         "search_folders",
@@ -630,10 +628,38 @@ def test_find_says_what_is_there(places: dict[str, Path]) -> None:
         checkpoint.find("rhlf.safetensors")
     with pytest.raises(CheckpointError, match=r"No checkpoint 'zebra': there is base"):
         checkpoint.find("zebra")
-    with pytest.raises(CheckpointError, match="is a folder: name one in it: base.safetensors, "):
+    with pytest.raises(CheckpointError, match="is a folder: name one in it: user/base, user/rlhf"):
         checkpoint.find("user")
     with pytest.raises(CheckpointError, match="is a folder: it holds no checkpoint"):
         checkpoint.find("package")
+
+
+def test_find_takes_the_name_of_a_run(places: dict[str, Path]) -> None:
+    def make(*files: str) -> None:
+        for file in files:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            Path(file).write_bytes(b"x")
+
+    make("runs/n1/sft.safetensors", "runs/n1/state-00000007.safetensors")
+    for asked in ("n1", "runs/n1", "runs/n1/", "n1/sft", "n1/sft.safetensors"):
+        assert checkpoint.find(asked) == Path("runs/n1/sft.safetensors")
+    make("runs/whole/base/base.safetensors")  # `train all`, while it is at its first stage
+    assert checkpoint.find("whole") == Path("runs/whole/base/base.safetensors")
+    make("runs/whole/reward-2/reward.safetensors")
+    assert checkpoint.find("whole/reward-2") == Path("runs/whole/reward-2/reward.safetensors")
+    with pytest.raises(CheckpointError, match="one in it: whole/base, whole/reward-2"):
+        checkpoint.find("whole")
+    Path("runs/begun").mkdir()
+    with pytest.raises(CheckpointError, match="'begun' is a folder: it holds no checkpoint"):
+        checkpoint.find("begun")
+    make("runs/base/base.safetensors", "user/base.safetensors")  # a run without --run
+    assert checkpoint.find("base") == places["user"] / "base.safetensors"
+    assert checkpoint.find("runs/base") == Path("runs/base/base.safetensors")
+    assert list(search.runs()) == ["runs/base", "n1", "whole/base", "whole/reward-2"]
+    for name, file in search.runs().items():
+        assert checkpoint.find(name) == file
+    with pytest.raises(CheckpointError, match=r"did you mean n1\? There is .* n1 \(runs.n1\)"):
+        checkpoint.find("n2")
 
 
 @settings(max_examples=100, deadline=None)

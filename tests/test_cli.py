@@ -224,10 +224,48 @@ def test_models(here):
     assert rows["sft"]["from"] == "local"
 
 
+def test_info_is_short_and_its_json_whole(here, monkeypatch, tmp_path):
+    """A curve and an old training of hundreds of points are told, not printed."""
+    info = read_info(here / "sft.safetensors")
+    curve = [[step, 1 / step] for step in range(1, 301)]
+    source = {"licence": "CC-BY-4.0", "sha256": "f" * 64, "tokens": 1_500}
+    hardware = {"cpu": "a CPU", "cores": 2, "gpus": []}
+    older = {"data": {"tales": source}, "hardware": hardware, "steps": 7_654_321}
+    full = dataclasses.replace(
+        info,
+        lineage={"steps": 12, "ancestors": [older]},
+        metrics={"curve": curve, "by_flaw": {"rude": [0.5, 8, 0.25]}},
+    )
+    monkeypatch.setattr("tinychat.cli.info.read_info", lambda _: full)
+    out = run("info", "sft").stdout
+    assert len(out.splitlines()) < 40
+    assert "300 points" in out and "first: 1, 1" in out and "last: 300, 0.003333" in out
+    assert "rude: 0.5, 8, 0.25" in out
+    assert "tales: licence CC-BY-4.0, tokens 1,500" in out and "fff" not in out
+    assert "2 cores of a CPU" in out
+    assert out.index("300 points") < out.index("steps  ") < out.index("before that")
+    assert out.index("before that") < out.index("7,654,321")
+    assert json.loads(run("info", "sft", "--json").stdout)["metrics"]["curve"] == curve
+
+
+def test_models_lists_runs(here, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for file in ("runs/n1/rlhf", "runs/sft/sft", "runs/n1/state-00000001"):
+        path = Path(f"{file}.safetensors")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((here / "sft.safetensors").read_bytes())
+    rows = {row["name"]: row for row in json.loads(run("models", "--json").stdout)}
+    assert set(rows) == {"sft", "reward", "n1", "runs/sft"}
+    assert rows["n1"]["path"] == "runs/n1/rlhf.safetensors" and rows["n1"]["from"] == "run"
+    for name, row in rows.items():
+        assert json.loads(run("info", name, "--json").stdout)["path"] == row["path"]
+
+
 def test_where_models_come_from(monkeypatch, tmp_path):
     monkeypatch.setattr("platformdirs.user_data_dir", lambda _: str(tmp_path))
     assert origin(tmp_path / "checkpoints" / "x.safetensors") == "yours"
     assert origin(Path("x.safetensors")) == "local"
+    assert origin(Path("runs/n1/sft.safetensors")) == "run"
     assert origin(Path(__file__).parents[1] / "checkpoints" / "sft.safetensors") == "shipped"
 
 
@@ -256,6 +294,7 @@ def test_a_date_in_the_metadata_comes_first(here):
 def test_models_names_damaged_files(monkeypatch, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"nonsense")
     monkeypatch.setattr("tinychat.cli.info.search_folders", lambda: [tmp_path])
+    monkeypatch.chdir(tmp_path)
     assert "damaged" in run("models").stdout
 
 

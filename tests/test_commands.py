@@ -280,8 +280,18 @@ def test_issue_4_commands_are_there():
 def test_completions(monkeypatch, tmp_path):
     monkeypatch.setattr("tinychat.cli.compare.search_folders", lambda: [tmp_path])
     monkeypatch.setattr("tinychat.cli.saved.chats_folder", lambda: tmp_path)
-    for name in ("base", "sft", "reward"):
-        (tmp_path / f"{name}.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "base",
+        "sft",
+        "reward",
+        "runs/n1/sft",
+        "runs/n1/state-00000001",
+        "runs/n2/reward",
+    ):
+        file = tmp_path / f"{name}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
     header = '{"format": 1, "started": ""}\n{"user": "a", "reply": "b"}\n'
     (tmp_path / "my tea.jsonl").write_text(header)
     assert completions("/re") == ["/retry"]
@@ -289,7 +299,7 @@ def test_completions(monkeypatch, tmp_path):
     assert completions("/set t") == ["temperature", "top_k", "top_p"]
     assert completions("/set render ") == ["auto", "markdown", "plain"]
     assert completions("/set temperature ") == ["0.5"]
-    assert completions("/model ") == ["base", "sft"]  # a reward model cannot chat
+    assert completions("/model ") == ["base", "n1", "sft"]  # a reward model cannot chat
     assert completions("/compare base s") == ["sft"]
     assert completions("/load ") == ["my tea"] and completions("/load my t") == ["tea"]
     assert completions("/help un") == ["undo"]
@@ -299,6 +309,7 @@ def test_completions(monkeypatch, tmp_path):
 
 def test_models(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("tinychat.cli.info.search_folders", lambda: [tmp_path])
+    monkeypatch.chdir(tmp_path)
     assert "No checkpoint in" in transcript(capsys, ["x"], "/models")
 
 

@@ -88,6 +88,11 @@ def test_an_unknown_preset_names_the_nearest(typed, meant):
     assert repr(typed) in str(caught.value) and f"did you mean {meant!r}" in str(caught.value)
 
 
+def test_an_unknown_preset_like_none_lists_them():
+    with pytest.raises(ConfigError, match="'huge'; there are nano, mini, small, medium"):
+        preset("huge")
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

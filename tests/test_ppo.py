@@ -747,6 +747,16 @@ def test_mistakes_are_told_in_a_sentence(here, words, told):
     assert not Path("runs/ppo").exists()
 
 
+def test_a_missing_reward_model_is_told_how_to_make(here, monkeypatch):
+    monkeypatch.setattr("tinychat.runtime.search.search_folders", lambda: [])
+    Path("reward.safetensors").unlink()
+    result = command("--from", "sft.safetensors", "--minutes", "1")
+    assert result.exit_code == 2
+    told = " ".join(result.stderr.replace("│", " ").split())
+    assert "no reward model yet: make one with `tinychat train reward`, or name one with" in told
+    assert not Path("runs").exists()
+
+
 def test_what_fits_worse_than_written_replies_loses_and_nothing_gains(here):
     gpt, pieces, _ = load_model("sft.safetensors")
     with torch.no_grad():

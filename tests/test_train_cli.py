@@ -154,7 +154,7 @@ def test_sft_on_that_base(trained, here):
     assert info.metrics["bits_per_byte"]["unseen replies"] > 0
     assert "> what is your name?" in Path("runs/sft/samples.txt").read_text(encoding="utf-8")
     shown = CliRunner().invoke(app, ["info", "runs/sft/sft.safetensors"])
-    assert "parent sha256" in shown.output and "ancestors" in shown.output
+    assert "parent sha256" in shown.output and "before that" in shown.output
     # It is finished, and says so instead of training again.
     before = picture(here)
     for words in ([], ["--from", str(base)]):

@@ -69,7 +69,7 @@ def test_the_conversation_goes_on_with_the_better_one(here, capsys, key, winner,
     assert turns(talk.session) == ["hi", one["b"] if moves else one["a"]]
     where = "with the other reply" if moves else "with the reply it had"
     assert joined(f"(kept in {votes_file()}; the conversation goes on {where})") in joined(out)
-    assert f"{one['a']} A B {one['a']} {one['b']} " in out
+    assert f"{one['a']} (two replies to: hi) A B {one['a']} {one['b']} " in out
     assert talk.keys.choices == ["a", "b", "t", "x", "s"]
     # The vote says who wrote what, and how.
     a, b = one["made"]["a"], one["made"]["b"]

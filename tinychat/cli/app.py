@@ -220,7 +220,9 @@ def path_of_config() -> None:
 
 @app.command(epilog="Example: tinychat info checkpoints/rlhf.safetensors")
 def info(
-    ckpt: Annotated[str, typer.Argument(metavar="CKPT", help="A checkpoint's name or file.")],
+    ckpt: Annotated[
+        str, typer.Argument(metavar="CKPT", help="A checkpoint's name, its file, or a run's name.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint says of itself: size, config, where it came from, how good it is."""

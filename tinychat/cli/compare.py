@@ -19,6 +19,7 @@ from tinychat.cli.loading import Loading, choose
 from tinychat.data.records import Message
 from tinychat.runtime.checkpoint import CheckpointInfo, search_folders
 from tinychat.runtime.errors import CheckpointError, ConfigError
+from tinychat.runtime.search import runs
 
 if TYPE_CHECKING:
     from tinychat.cli.loop import Chat
@@ -172,7 +173,8 @@ def with_seed(settings: Mapping[str, Any]) -> dict[str, Any]:
 def chat_models() -> list[str]:
     """The names of the checkpoints that can chat, without opening them."""
     names = {path.stem for folder in search_folders() for path in folder.glob("*.safetensors")}
-    return sorted(names - {"reward"})
+    mine = {name for name, path in runs().items() if path.stem != "reward"}
+    return sorted((names - {"reward"}) | mine)
 
 
 class Comparing:

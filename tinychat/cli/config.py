@@ -73,7 +73,7 @@ OPTIONS = {
     for option in (
         Option(
             "ckpt", str, "", "the name or file of a checkpoint", bool,
-            "Which checkpoint: rlhf, sft, base or a .safetensors file.", live=False,
+            "Which checkpoint: rlhf, sft, base, a run's name or a .safetensors file.", live=False,
         ),
         Option(
             "temperature", float, 0.5, "a number from 0 up", lambda n: 0 <= n < inf,

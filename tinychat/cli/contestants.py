@@ -62,6 +62,18 @@ def find_judge(name: str, infos: Iterable[CheckpointInfo]) -> CheckpointInfo:
     return info
 
 
+def find_reward() -> Path:
+    """The reward model of `train ppo` where none is named; an error that says how to make one."""
+    from tinychat.runtime.search import find_first
+
+    if path := find_first("reward"):
+        return path
+    raise CheckpointError(
+        "There is no reward model yet: make one with `tinychat train reward`, "
+        "or name one with --reward CKPT."
+    )
+
+
 def find_teacher(name: str, judge: CheckpointInfo | None) -> CheckpointInfo:
     """The reward model that chooses replies, refused where it is the judge too."""
     from tinychat.runtime.files import file_sha256

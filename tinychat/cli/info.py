@@ -16,6 +16,7 @@ from rich.text import Text
 from tinychat.cli.console import print_json, printable
 from tinychat.runtime.checkpoint import CheckpointInfo, find, read_info, search_folders
 from tinychat.runtime.errors import CheckpointError, DataError
+from tinychat.runtime.search import RUNS, runs
 
 
 def show_info(name: str, as_json: bool) -> None:
@@ -32,23 +33,32 @@ def show_info(name: str, as_json: bool) -> None:
     table.add_row("on disk", f"{size(info.bytes)}, {info.dtype}, format {info.format}")
     table.add_row("chat template", Text(printable(info.chat_template)))
     table.add_row("tokenizer", Text(info.tokenizer_sha256))
-    for title in ("config", "lineage", "metrics"):
+    table.add_section()
+    table.add_row("config", Text(printable(plain("config", info.config))))
+    ancestors = info.lineage.get("ancestors")
+    before = ancestors if isinstance(ancestors, list) else []
+    named = [("metrics", info.metrics), ("lineage", info.lineage)]
+    for part, entries in (*named, *(("before that", entry) for entry in before)):
         table.add_section()
-        entries: Mapping[str, Any] = getattr(info, title)
-        if not entries:
-            table.add_row(title, Text("nothing recorded", style="dim"))
+        if part == "before that":
+            table.add_row(part, Text("the checkpoint that this one began with", style="dim"))
+        if not entries or not isinstance(entries, Mapping):
+            table.add_row(part, Text("nothing recorded", style="dim"))
+            continue
         for key, value in entries.items():
-            name, told = str(key).replace("_", " "), plain(key, value)
-            table.add_row(*(Text(printable(text)) for text in (name, told)))
+            if key != "ancestors":
+                told = (str(key).replace("_", " "), plain(str(key), value))
+                table.add_row(*(Text(printable(text)) for text in told))
+    table.caption = Text(f"Everything, curves and checksums too: tinychat info {name} --json")
     Console().print(table)
 
 
 def show_models(as_json: bool) -> None:
-    """Print the checkpoints in the folders that names are looked up in."""
+    """Print the checkpoints that a name can mean."""
     if as_json:
         rows = [
-            {"name": path.stem, "path": str(path), "from": origin(path), **_summary(info)}
-            for path, info in found_models()
+            {"name": name, "path": str(path), "from": origin(path), **_summary(info)}
+            for name, path, info in found_models()
         ]
         print_json(rows)
         return
@@ -62,31 +72,36 @@ def models_table() -> RenderableType:
         return Text(f"No checkpoint in {', '.join(str(folder) for folder in search_folders())}.")
     fixed = [Column(name, no_wrap=True) for name in ("name", "stage", "weights", "size", "date")]
     table = Table(*fixed, "score", Column("from", overflow="fold"), box=SIMPLE_HEAD, pad_edge=False)
-    for path, info in found:
+    for name, path, info in found:
         row = ["damaged", "", "", "", ""]
         if isinstance(info, CheckpointInfo):
             weights = f"{info.parameters / 1e6:.1f} M"
             row = [info.stage, weights, size(info.bytes), date(info), score(info)[1]]
         came = origin(path)
         where = came if came == "shipped" else f"{came}: {path.parent}"
-        table.add_row(Text(path.stem), *map(Text, row), Text(where))
+        table.add_row(Text(name), *map(Text, row), Text(where))
     return table
 
 
-def found_models() -> list[tuple[Path, CheckpointInfo | CheckpointError]]:
+def found_models() -> list[tuple[str, Path, CheckpointInfo | CheckpointError]]:
     """Every checkpoint that a name can mean, each file once; an error where it is unreadable."""
-    found: dict[Path, tuple[Path, CheckpointInfo | CheckpointError]] = {}
-    for folder in search_folders():
-        for path in sorted(folder.glob("*.safetensors")):
+    found: dict[Path, tuple[str, Path, CheckpointInfo | CheckpointError]] = {}
+    shared = [
+        (path.stem, path)
+        for folder in search_folders()
+        for path in sorted(folder.glob("*.safetensors"))
+    ]
+    for name, path in (*shared, *runs().items()):
+        if path.resolve() not in found:
             try:
-                found.setdefault(path.resolve(), (path, read_info(path)))
+                found[path.resolve()] = (name, path, read_info(path))
             except CheckpointError as error:
-                found.setdefault(path.resolve(), (path, error))
+                found[path.resolve()] = (name, path, error)
     return list(found.values())
 
 
 def origin(path: Path) -> str:
-    """Where a checkpoint came from: shipped (with the package), yours (data folder), or local."""
+    """Where a checkpoint came from: shipped (with the package), yours (data folder), run, local."""
     from platformdirs import user_data_dir
 
     package = Path(__file__).resolve().parents[1]
@@ -96,6 +111,8 @@ def origin(path: Path) -> str:
         shipped.append(package.parent / "checkpoints")
     if folder in shipped:
         return "shipped"
+    if folder.is_relative_to(RUNS.resolve()):
+        return "run"
     return "yours" if folder.is_relative_to(Path(user_data_dir("tinychat")).resolve()) else "local"
 
 
@@ -169,16 +186,20 @@ def verify_sources(folder: Path | None) -> None:
 
 
 def plain(key: str, value: Any) -> str:
-    """A value of the metadata for people: thousands, hours, one line an entry."""
+    """A value of the metadata for people: thousands, hours, a line for each group of things."""
+    if key == "hardware" and isinstance(value, Mapping):
+        return machine(value)
     if isinstance(value, Mapping):
-        return "\n".join(f"{name}: {plain(name, inner)}" for name, inner in value.items())
+        value = {name: x for name, x in value.items() if name != "sha256"}  # of each data source
+        if any(isinstance(inner, Mapping | list) for inner in value.values()):
+            return "\n".join(f"{name}: {plain(name, inner)}" for name, inner in value.items())
+        return ", ".join(f"{name} {plain(name, inner)}" for name, inner in value.items())
     if isinstance(value, list):
-        return "\n".join(
-            ", ".join(f"{name} {plain(name, inner)}" for name, inner in entry.items())
-            if isinstance(entry, Mapping)
-            else plain(key, entry)
-            for entry in value
-        )
+        told = [plain(key, entry) for entry in value]
+        if key == "curve" and len(told) > 2:
+            return f"{len(told)} points\nfirst: {told[0]}\nlast: {told[-1]}"
+        nested = any(isinstance(entry, Mapping | list) for entry in value)
+        return ("\n" if nested else ", ").join(told) or "none"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, int | float) and key.endswith("seconds"):

@@ -111,7 +111,7 @@ class Chat:
     def _report(self) -> None:
         """Say how the reply ended, where that is not plain to see."""
         last = None if self.loading.running else self.session.last
-        if last is None:
+        if last is None or (last.ended == "stopped" and not last.text.strip()):
             self.screen.note("stopped before the first word; the message was not kept")
         elif not last.text.strip():
             self.screen.note("no words came, so this turn is not kept; ask again, or differently")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tinychat.runtime.errors import ConfigError
+from tinychat.runtime.search import RUNS
 
 if TYPE_CHECKING:
     from tinychat.data.shards import TokenShard
@@ -74,7 +75,7 @@ def run_folder(name: str, resume: bool) -> Path:
         raise ConfigError(
             f"--run {name!r} can't name a folder in runs; use letters, digits, '-', '_' and '.'."
         )
-    folder = Path("runs") / name
+    folder = RUNS / name
     if not resume and folder.exists() and (not folder.is_dir() or _in_use(folder)):
         raise ConfigError(
             f"{folder} already holds a run; add --resume to go on with it, "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinychat.cli.conditions import with_facts, with_fit, with_rules, with_sure
-from tinychat.cli.contestants import find_judge, load_judge
+from tinychat.cli.contestants import find_judge, find_reward, load_judge
 from tinychat.cli.outcome import lineage_of, print_next, stop_here, write_checkpoint
 from tinychat.cli.ppo_prompts import checked_prompts, find_prompts, unseen_batches
 from tinychat.cli.progress import millions, ppo_progress
@@ -148,7 +148,7 @@ def ppo(
     else:
         record = {
             "from": str(find_checkpoint(start or "sft")),
-            "reward": str(find_checkpoint(reward or "reward")),
+            "reward": str(find_checkpoint(reward) if reward else find_reward()),
         }
         if judge:
             record["judge"] = str(find_checkpoint(judge))

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from tinychat.cli.compare import columns
-from tinychat.cli.console import Screen, printable
+from tinychat.cli.console import Screen, printable, shortened
 from tinychat.cli.keys import Choice, Keys
 from tinychat.cli.votes import Maker, Vote, Winner, append, check_file, votes_file
 from tinychat.data.records import Message
@@ -126,6 +126,7 @@ class Voting:
             other, second = _another(session, first, info, sha256)
         system = [Message("system", session.system)] if session.system else []
         prompt = (*system, *session.messages[:-1])
+        chat.screen.note(f"two replies to: {shortened(prompt[-1].content)}")
         try:
             vote, better = ask(prompt, (first, second), asdict(session.sampling), chat.screen, keys)
         except EOFError:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tinychat.runtime.errors import CheckpointError
 
+RUNS = Path("runs")  # where `tinychat train` leaves what it makes
 _SUFFIX = ".safetensors"
 
 
@@ -26,10 +27,11 @@ def search_folders() -> list[Path]:
 
 
 def find(name: str | Path) -> Path:
-    """The checkpoint that `name` means: a path, or a name (`rlhf`) in one of `search_folders`.
+    """The checkpoint that `name` means: a path, a name (`rlhf`) in one of `search_folders`, a run.
 
-    `.safetensors` may be left out. Raises CheckpointError that names the nearest and lists what
-    is there.
+    `.safetensors` may be left out. A folder, and a run below `runs/`, stands for the checkpoint in
+    it where there is one only. Raises CheckpointError that names the nearest and lists what is
+    there.
     """
     given = os.fspath(name)
     if not given.strip() or "\0" in given:
@@ -38,10 +40,15 @@ def find(name: str | Path) -> Path:
     for candidate in _candidates(path):
         if _is_file(candidate):
             return candidate
-    if os.path.isdir(path):
-        inside = sorted(file.name for file in _checkpoints(path))
-        advice = f"name one in it: {', '.join(inside)}" if inside else "it holds no checkpoint"
-        raise CheckpointError(f"{given!r} is a folder: {advice}.")
+    folders = [folder for folder in (path, RUNS / path) if os.path.isdir(folder)]
+    for folder in folders:
+        if inside := _named(folder):
+            if len(inside) == 1:
+                return next(iter(inside.values()))
+            listed = ", ".join(os.path.join(given, one) for one in inside)
+            raise CheckpointError(f"{given!r} is a folder: name one in it: {listed}.")
+    if folders:
+        raise CheckpointError(f"{given!r} is a folder: it holds no checkpoint.")
     raise CheckpointError(f"No checkpoint {given!r}: {_offer(path.name)}.")
 
 
@@ -49,8 +56,32 @@ def _candidates(path: Path) -> Iterator[Path]:
     """Where `path` may be; the folders are asked for only when it isn't where it says."""
     yield from (path, Path(f"{path}{_SUFFIX}"))
     if not path.is_absolute():
-        for folder in search_folders():
+        for folder in (*search_folders(), RUNS):
             yield from (folder / path, folder / f"{path}{_SUFFIX}")
+
+
+def runs() -> dict[str, Path]:
+    """The checkpoints below `runs/` by the shortest names that `find` takes: `n1`, `all/sft`."""
+    shared = {file.stem for folder in search_folders() for file in _checkpoints(folder)}
+    found: dict[str, Path] = {}
+    for folder in _folders(RUNS):
+        inside = _named(folder)
+        short = folder.name if folder.name not in shared else f"{RUNS}/{folder.name}"
+        for name, file in inside.items():
+            found[short if len(inside) == 1 else f"{short}/{name}"] = file
+    return found
+
+
+def _named(folder: Path) -> dict[str, Path]:
+    """A folder's checkpoints by name; those of the folders in it where it has none itself."""
+    if files := _checkpoints(folder):
+        return {file.stem: file for file in files}
+    found: dict[str, Path] = {}
+    for inner in _folders(folder):  # the stages of `train all`
+        files = _checkpoints(inner)
+        alone = len(files) == 1
+        found |= {inner.name if alone else f"{inner.name}/{f.stem}": f for f in files}
+    return found
 
 
 def find_first(*names: str) -> Path | None:
@@ -69,6 +100,7 @@ def _offer(name: str) -> str:
     for folder in search_folders():
         for file in _checkpoints(folder):
             there.setdefault(file.stem, file)
+    there.update((name, path) for name, path in runs().items() if name not in there)
     if not there:
         return "none is installed, make one with `tinychat train base` or name a .safetensors file"
     listed = "there is " + ", ".join(f"{stem} ({there[stem].parent})" for stem in sorted(there))
@@ -77,11 +109,21 @@ def _offer(name: str) -> str:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints right in a folder; a training's `state-*` files are none."""
+    names = (file for file in _entries(folder) if file.suffix == _SUFFIX)
+    return [file for file in names if not file.name.startswith("state-") and _is_file(file)]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [inner for inner in _entries(folder) if os.path.isdir(inner)]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a folder shows, sorted; nothing where it can't be read."""
     try:
-        files = [file for file in folder.iterdir() if not file.name.startswith(".")]
+        return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     except OSError:
         return []
-    return sorted(file for file in files if file.suffix == _SUFFIX and _is_file(file))
 
 
 def _is_file(path: Path) -> bool:
