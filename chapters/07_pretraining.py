@@ -756,6 +756,11 @@ assert 0 < schedule(99, 100, warmup=0.1, decay=0.3) < 0.05, "even the last step 
 
 
 # %% tags=["export"]
+def processes() -> tuple[int, int]:
+    """Return this process's number, from 0, and how many train together."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def average(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its mean over all processes; one process alone changes nothing."""
     if dist.is_initialized():
@@ -1037,7 +1042,7 @@ def pretrain(
             "validation is in bits per byte: give token_bytes_V, the bytes of each token"
         )
     folder = Path(folder)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
     started = time.monotonic()
     torch.manual_seed(config.seed)
     optimizers = make_optimizers(model, config)

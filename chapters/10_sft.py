@@ -33,6 +33,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ import torch
 from tinychat.data.batch import Batch
 from tinychat.dialogue import Rendered
 from tinychat.gpt import GPT
-from tinychat.pretraining import Progress, Result, TrainConfig, pretrain
+from tinychat.pretraining import Progress, Result, TrainConfig, pretrain, processes
 from tinychat.runtime.errors import ConfigError, DataError
 from tinychat.runtime.state import load_state
 
@@ -448,21 +449,27 @@ class PackedConversations:
         lengths = [len(example.tokens) - 1 for example in self.examples]
         return pack(lengths, self.config.sequence, order.tolist())
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps for all epochs."""
-        return max(1, round(self.config.epochs * len(self.rows(0)) / self.config.batch))
+    def steps(self, world: int = 1) -> int:
+        """Optimizer steps for all epochs, where `world` processes read a batch each."""
+        batch = self.config.batch * world
+        return max(1, round(self.config.epochs * len(self.rows(0)) / batch))
 
-    def batches(self, start: int = 0, total: int = 0) -> Iterator[Batch]:
-        """Yield batch number `start` and all that follow, for ever."""
+    def batches(
+        self, start: int = 0, total: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[Batch]:
+        """Yield batch number `start` and all that follow, for ever.
+
+        Of `world` processes each takes a batch of a step's rows: process `rank` every world-th.
+        """
         number, epoch, waiting = 0, 0, []
+        size = self.config.batch * world
         while True:
             waiting += [(epoch, row) for row in self.rows(epoch)]
             epoch += 1
-            while len(waiting) >= self.config.batch:
-                now, waiting = waiting[: self.config.batch], waiting[self.config.batch :]
+            while len(waiting) >= size:
+                now, waiting = waiting[:size], waiting[size:]
                 if number >= start:
-                    yield self.batch([row for _, row in now])
+                    yield self.batch([row for _, row in now[rank::world]])
                 number += 1
 
     def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
@@ -526,14 +533,15 @@ def finetune(
         raise ConfigError(
             f"sequence is {config.sequence}; this model reads at most {context} tokens."
         )
+    rank, world = processes()
     stream = PackedConversations(examples, config, pad)
     saved = load_state(folder) if resume and not minutes else None
     by_time = minutes or (saved is not None and not saved[1]["config"]["steps"])
     before = {name: w.detach().clone() for name, w in model.named_parameters() if config.keep}
     result = pretrain(
         model,
-        stream.batches,
-        config.loop(0 if by_time else stream.steps),
+        partial(stream.batches, rank=rank, world=world),
+        config.loop(0 if by_time else stream.steps(world)),
         folder,
         minutes=minutes,
         validation={"replies": validation} if validation else None,

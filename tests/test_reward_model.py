@@ -241,6 +241,21 @@ def test_surety_is_added_to_the_head():
     assert gap.tolist() == pytest.approx(added, abs=1e-4)
 
 
+def test_log_probs_of_chunks_are_those_of_the_whole(monkeypatch):
+    """The mark and its gradient, with three tokens' scores held at a time and with all."""
+    batch = collate([group_of("q", "good one", "bad one"), group_of("r", "yes", "no")], pad=0)
+    found = []
+    for chunk in (3, 10_000):
+        monkeypatch.setattr(RewardModel, "chunk", chunk)
+        model = RewardModel(fakes.stirred(SHAPE, 0, by=0.2), surety=2.0).train()
+        marks = model(batch.ids_BT, last_B=batch.last_B)
+        bradley_terry(marks, *batch[2:]).backward()
+        found.append((marks.detach(), model.gpt.embed.weight.grad))
+    for small, whole in zip(*found, strict=True):
+        torch.testing.assert_close(small, whole)
+    assert found[0][1].abs().sum() > 0
+
+
 def test_pairs_teach_through_the_log_probs():
     model = RewardModel(fakes.stirred(SHAPE, 0, by=0.2), surety=2.0).train()
     model.head.weight.requires_grad_(False)

@@ -174,9 +174,23 @@ def test_a_batch_larger_than_the_corpus_takes_several_epochs():
 def test_steps_follow_epochs(many):
     config = SFTConfig(epochs=2, batch=2, sequence=40)
     stream = PackedConversations(many, config, pad=0)
-    assert stream.steps == round(2 * len(stream.rows(0)) / 2)
+    assert stream.steps() == round(2 * len(stream.rows(0)) / 2)
     tiny_share = PackedConversations(many, SFTConfig(epochs=1e-6, batch=2, sequence=40), pad=0)
-    assert tiny_share.steps == 1
+    assert tiny_share.steps() == 1
+    halves = PackedConversations(many, SFTConfig(epochs=2, batch=1, sequence=40), pad=0)
+    assert halves.steps(2) == stream.steps() == halves.steps() // 2
+
+
+def test_processes_share_a_step(many):
+    """Two that read a batch of 2 read what one reads in a batch of 4, each another half."""
+    whole = PackedConversations(many, SFTConfig(batch=4, sequence=40), pad=0)
+    half = PackedConversations(many, SFTConfig(batch=2, sequence=40), pad=0)
+    for start in (0, 3):
+        together = itertools.islice(whole.batches(start), 9)
+        parts = [itertools.islice(half.batches(start, rank=r, world=2), 9) for r in (0, 1)]
+        for batch, one, two in zip(together, *parts, strict=True):
+            np.testing.assert_array_equal(batch.inputs_BT[0::2], one.inputs_BT)
+            np.testing.assert_array_equal(batch.inputs_BT[1::2], two.inputs_BT)
 
 
 def test_conversations_without_a_reply_are_dropped():

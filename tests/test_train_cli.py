@@ -141,6 +141,31 @@ def test_base_offline_on_the_embedded_corpus(trained):
     assert samples.strip() in said and "bits per byte on unseen stories" in said
 
 
+@pytest.mark.slow
+def test_sft_by_two_processes_is_sft_by_one(trained, here, cache):
+    """torchrun's two with 4 rows each read what one reads with 8; one checkpoint comes of it."""
+    base = str(trained / "runs" / "base" / "base.safetensors")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--"]
+    for run_name, begin, batch in (("two", torchrun, 4), ("one", [sys.executable, "-m"], 8)):
+        given = ["--from", base, "--run", run_name, *SFT, "--set", f"batch={batch}"]
+        done = subprocess.run(
+            [*begin, "tinychat", "train", "sft", *given, "--set", "epochs=0.01"],
+            cwd=here,
+            env=environment(cache),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Talk to it") == 1
+    one, two = (read_metrics(here / "runs" / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
+    lineage = [read_info(here / "runs" / n / "sft.safetensors").lineage for n in ("one", "two")]
+    assert [entry.get("processes") for entry in lineage] == [None, 2]
+    # A process takes the mean over its own rows' replies, and these are not equally many.
+    for key, spread in (("loss", 0.02), ("norm", 0.2)):
+        assert [r[key] for r in one] == pytest.approx([r[key] for r in two], rel=spread)
+
+
 def test_sft_on_that_base(trained, here):
     base = trained / "runs" / "base" / "base.safetensors"
     result = run("sft", "--from", str(base), "--preset", "nano", *SFT, "--set", "epochs=0.01")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from tinychat.data.groups import Group, GroupBatches
 from tinychat.gpt import GPT, build_model
@@ -56,6 +57,7 @@ class RewardModel(nn.Module):
     length_slope: Tensor
     surety: Tensor
     words: Tensor
+    chunk = 1024  # tokens whose scores are held at once
 
     def __init__(self, gpt: GPT, opener: int = 6, surety: float = 0.0):
         super().__init__()
@@ -108,8 +110,16 @@ class RewardModel(nn.Module):
         """
         next_BT = self.in_reply(ids_BT, last_B)[:, 1:]
         rows_N, _ = next_BT.nonzero(as_tuple=True)
-        logits_NV = F.linear(h_BTD[:, :-1][next_BT], self.gpt.embed.weight)
-        nats_N = F.cross_entropy(logits_NV.float(), ids_BT[:, 1:][next_BT], reduction="none")
+
+        def nats(h_ND: Tensor, ids_N: Tensor) -> Tensor:
+            logits_NV = F.linear(h_ND, self.gpt.embed.weight)
+            return F.cross_entropy(logits_NV.float(), ids_N, reduction="none")
+
+        # The scores of a hundred replies are gigabytes. Those of a chunk are forgotten, and
+        # computed again when their gradient is asked for (Chen et al. 2016).
+        chosen = (h_BTD[:, :-1][next_BT], ids_BT[:, 1:][next_BT])
+        parts = zip(*(one.split(self.chunk) for one in chosen), strict=True)
+        nats_N = torch.cat([recomputed(nats, *part, use_reentrant=False) for part in parts])
         sums_B = torch.zeros(len(ids_BT), device=nats_N.device).index_add(0, rows_N, nats_N)
         return -sums_B / next_BT.sum(dim=1).clamp(min=1)
 

@@ -56,14 +56,17 @@ def source_record(name: str, shard: TokenShard, passes: Mapping[str, float]) -> 
 def lineage_of(result: Result, *, data: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """Where a checkpoint comes from."""
     from tinychat import __version__
+    from tinychat.pretraining import processes
     from tinychat.runtime.device import describe_hardware
 
+    world = processes()[1]
     return {
         "data": dict(data),
         "tokens": result.tokens,
         "steps": result.steps,
         "minutes": round(result.seconds / 60, 1),
         "hardware": describe_hardware(),
+        **({"processes": world} if world > 1 else {}),  # each read `batch` rows a step
         "tinychat": __version__,
         **{key: value for key, value in more.items() if value is not None},
     }

@@ -26,6 +26,7 @@ from tinychat.cli.runs import (
     check_sequence,
     find_checkpoint,
     is_finished,
+    join_processes,
     override,
     read_record,
     run_folder,
@@ -46,9 +47,12 @@ if TYPE_CHECKING:
 
 
 def own_dialogues(
-    files: Sequence[str], keep_all: bool, brief: Callable[[Dialogue], bool] | None = None
+    files: Sequence[str],
+    keep_all: bool,
+    brief: Callable[[Dialogue], bool] | None = None,
+    tell: Callable[[str], None] = print,
 ) -> list[Dialogue]:
-    """Return the conversations of the user's files, and print what was left out and why.
+    """Return the conversations of the user's files, and tell what was left out and why.
 
     A file may hold as many as it likes: the cap of chapter 09 is for many people's prompts.
     `brief` tells whether a conversation's replies are short enough.
@@ -68,11 +72,11 @@ def own_dialogues(
         kept = curated.kept
         left_out |= {reason: len(ids) for reason, ids in curated.removed.items()}
     if brief or curated:
-        print(f"{', '.join(files)}: learning from {len(kept):,} of {len(found):,} conversations")
+        tell(f"{', '.join(files)}: learning from {len(kept):,} of {len(found):,} conversations")
     for reason, count in left_out.items():
-        print(f"  left out: {reason}, {count:,}")
+        tell(f"  left out: {reason}, {count:,}")
     if curated and curated.removed:
-        print("  (--keep-all learns from these too)")
+        tell("  (--keep-all learns from these too)")
     return kept
 
 
@@ -175,6 +179,7 @@ def sft(
     if resume and is_finished(path, minutes, settings, longer):
         return
     minutes = minutes or budget_of(record, folder)
+    rank, world = join_processes()
     place = pick_device(device)
     set_threads()
     model, pieces, info = load_model(record["from"])
@@ -197,12 +202,13 @@ def sft(
         said = [turn.content for turn in one.messages if turn.role == "assistant"]
         return all(len(pieces.encode(reply)) <= most for reply in said)
 
-    own = own_dialogues(files, keep_all, partial(brief, most=longest) if longest else None)
+    short = partial(brief, most=longest) if longest else None
+    own = own_dialogues(files, keep_all, short, print if rank == 0 else lambda line: None)
     ours, theirs = by_split(corpus.dialogues()), by_split(own)
     talks = {side: [*ours[side], *theirs[side]] for side in ours}
     basics = by_split(corpus.basics())
     train, simple = rendered(talks["train"]), rendered(basics["train"])
-    if not resume:
+    if not resume and rank == 0:
         write_record(
             folder,
             {
@@ -214,7 +220,7 @@ def sft(
                 "longest": longest,
             },
         )
-    else:
+    elif rank == 0:
         update_record(folder, record, set=chosen, minutes=minutes)
 
     def batches_of(unseen: list[Dialogue]) -> Callable[[], Iterator[Batch]]:
@@ -233,7 +239,7 @@ def sft(
     # 3. Train.
     model = model.to(place).train()
     token_bytes_V = bytes_of_tokens(pieces)
-    with training_progress("sft", model.config.parameters, True) as (show, stop):
+    with training_progress("sft", model.config.parameters, rank == 0) as (show, stop):
         result = finetune(
             model,
             train + simple,
@@ -247,6 +253,8 @@ def sft(
             on_step=show,
             should_stop=stop,
         )
+    if rank:
+        return
     if not result.finished:
         stop_here("sft", run, result.step)
 
