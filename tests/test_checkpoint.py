@@ -660,6 +660,39 @@ def test_find_takes_the_name_of_a_run(places: dict[str, Path]) -> None:
         assert checkpoint.find(name) == file
     with pytest.raises(CheckpointError, match=r"did you mean n1\? There is .* n1 \(runs.n1\)"):
         checkpoint.find("n2")
+    assert search.find_first("whole", "n1") is None, "nobody asked for these runs"
+    assert search.find_first("rlhf", "base") == places["user"] / "base.safetensors"
+
+
+def test_a_run_is_listed_by_a_name_that_means_it(places: dict[str, Path]) -> None:
+    """Other things of its name come first; `runs/` and a trial file are no run."""
+    for file in (
+        "runs/checkpoints/base", "checkpoints/old",  # a folder that names are looked up in
+        "runs/m/sft", "m",  # a file beside
+        "runs/n1/sft", "n1/other",  # a folder beside
+        "runs/n2/sft", "runs/n2/.trial",  # killed while it was being written
+        "runs/loose",
+    ):  # fmt: skip
+        path = Path(f"{file}.safetensors")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    Path("n2").mkdir()  # empty: the run is meant
+    assert list(search.runs()) == ["runs/checkpoints", "runs/m", "runs/n1", "n2"]
+    for name, path in search.runs().items():
+        assert checkpoint.find(name) == path
+    with pytest.raises(CheckpointError):
+        checkpoint.find("..")
+    Path("runs/begun").mkdir()
+    Path("runs/begun/run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="training isn't finished; --resume goes on with it"):
+        checkpoint.find("begun")
+
+
+def test_labels() -> None:
+    one, two = Path("checkpoints/sft.safetensors"), Path("runs/n1/sft.safetensors")
+    assert search.labels_of(["sft", "n1"], [one, two]) == ["sft", "n1"]
+    assert search.labels_of([str(one), str(two)], [one, two]) == [str(one), str(two)]
+    assert search.labels_of(["runs/n1/sft"], [two]) == ["sft"]
 
 
 @settings(max_examples=100, deadline=None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from tinychat import __version__
 from tinychat.cli import loading
 from tinychat.cli.app import app
-from tinychat.cli.info import date, duration, origin, score, size
+from tinychat.cli.info import date, duration, origin, plain, score, size, trainings
 from tinychat.cli.session import ChatSession
 from tinychat.data import tokenizer_model
 from tinychat.generation import Sampling
@@ -243,9 +244,37 @@ def test_info_is_short_and_its_json_whole(here, monkeypatch, tmp_path):
     assert "rude: 0.5, 8, 0.25" in out
     assert "tales: licence CC-BY-4.0, tokens 1,500" in out and "fff" not in out
     assert "2 cores of a CPU" in out
-    assert out.index("300 points") < out.index("steps  ") < out.index("before that")
-    assert out.index("before that") < out.index("7,654,321")
+    assert out.index("300 points") < out.index("steps  ") < out.index("built on")
+    assert out.index("built on") < out.index("7,654,321")
     assert json.loads(run("info", "sft", "--json").stdout)["metrics"]["curve"] == curve
+
+
+def test_info_tells_every_training_once():
+    base, sft = {"steps": 1}, {"steps": 2, "ancestors": [{"steps": 1}]}
+    reward = {"steps": 3, "ancestors": [sft]}
+    rlhf = {"steps": 4, "ancestors": [sft, reward]}
+    assert [entry["steps"] for entry in trainings(rlhf)] == [4, 2, 1, 3]
+    assert trainings(base) == [base]
+    assert trainings({"ancestors": "unknown"}) == [{"ancestors": "unknown"}], "nothing is hidden"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("curve", [[1, 2.0, 0.5], [2, 3.0, 0.6], [3, 4.0, 0.7]], "3 points\nfirst: 1, 2, 0.5\n"
+         "last: 3, 4, 0.7"),
+        ("hardware", {"cpu": "x", "cores": 1, "gpus": []}, "1 core of x"),
+        ("hardware", {"cpu": "x", "cores": 2, "gpus": ["H100"]}, "H100"),
+        ("hardware", {"cpu": "x", "cores": 2, "gpus": None}, "cpu x, cores 2, gpus none"),
+        ("hardware", {"cpu": "M1"}, "cpu M1"),
+        ("ratings", {}, "none"), ("averaged_with", [], "none"),
+        ("own", {"sha256": "abc"}, "sha256 abc"),
+        ("seconds", math.inf, "inf"), ("seconds", 4000, "1 h 07 min"),
+        ("odd", [[[1]], {"a": [2]}], "1\na: 2"),
+    ],
+)  # fmt: skip
+def test_odd_metadata_are_told(key, value, told):
+    assert plain(key, value) == told
 
 
 def test_models_lists_runs(here, monkeypatch, tmp_path):

@@ -414,7 +414,7 @@ def test_from_nothing_to_a_report_killed_again_and_again(tmp_path):
         info = read_info(folder / stage.result)
         steps = [row["step"] for row in read_metrics(folder / stage.name / "metrics.jsonl")]
         assert steps == list(range(1, info.lineage["steps"] + 1)), stage.name
-        assert not (folder / stage.name / "trial.safetensors").exists()
+        assert not (folder / stage.name / ".trial.safetensors").exists()
     for name in ("base", "sft", "ppo", "ppo-2"):
         assert (folder / name / "samples.txt").read_text(encoding="utf-8").strip()
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))

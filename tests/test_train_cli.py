@@ -20,6 +20,7 @@ from tinychat.cli.app import app
 from tinychat.cli.progress import SAMPLE_PROMPTS, clock
 from tinychat.cli.runs import (
     check_as_begun,
+    check_shared_alike,
     data_as_begun,
     override,
     run_folder,
@@ -141,6 +142,17 @@ def test_base_offline_on_the_embedded_corpus(trained):
     assert samples.strip() in said and "bits per byte on unseen stories" in said
 
 
+def test_other_processes_must_read_as_many_rows(tmp_path):
+    begun = {"processes": 2, "rows": 16}
+    for world, rows in ((2, 16), (1, 16), (4, 16), (2, 8)):  # a new batch of the same is a wish
+        check_shared_alike(tmp_path, begun, world, rows)
+    check_shared_alike(tmp_path, {}, 8, 64)  # a run of before; nobody knows
+    with pytest.raises(
+        ConfigError, match="2 processes with 16 rows .* 1 with 8; add --set batch=16"
+    ):
+        check_shared_alike(tmp_path, begun, 1, 8)
+
+
 @pytest.mark.slow
 def test_sft_by_two_processes_is_sft_by_one(trained, here, cache):
     """torchrun's two with 4 rows each read what one reads with 8; one checkpoint comes of it."""
@@ -179,7 +191,7 @@ def test_sft_on_that_base(trained, here):
     assert info.metrics["bits_per_byte"]["unseen replies"] > 0
     assert "> what is your name?" in Path("runs/sft/samples.txt").read_text(encoding="utf-8")
     shown = CliRunner().invoke(app, ["info", "runs/sft/sft.safetensors"])
-    assert "parent sha256" in shown.output and "before that" in shown.output
+    assert "parent sha256" in shown.output and "an earlier training" in shown.output
     # It is finished, and says so instead of training again.
     before = picture(here)
     for words in ([], ["--from", str(base)]):

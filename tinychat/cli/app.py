@@ -218,7 +218,7 @@ def path_of_config() -> None:
     typer.echo(config_path())
 
 
-@app.command(epilog="Example: tinychat info checkpoints/rlhf.safetensors")
+@app.command(epilog="Example: tinychat info sft")
 def info(
     ckpt: Annotated[
         str, typer.Argument(metavar="CKPT", help="A checkpoint's name, its file, or a run's name.")
@@ -282,7 +282,7 @@ def data_verify(data: DataFolder = None) -> None:
 
 app.add_typer(train_app, name="train")
 
-app.command("export", epilog="Example: tinychat export rlhf my-model --format hf")(export_model)
+app.command("export", epilog="Example: tinychat export sft my-model --format hf")(export_model)
 
 app.command(epilog="Example: tinychat bench --json > here.json")(bench)
 

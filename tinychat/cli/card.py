@@ -21,8 +21,8 @@ def card(folder: Path) -> str:
         "# The shipped checkpoints",
         "",
         "Made from the files' own metadata by `tinychat models --card checkpoints`; "
-        "`tinychat info NAME` shows all of it. Very small models, trained by this repository's "
-        "code from random weights: they make things up and are often wrong.",
+        "`tinychat info NAME --json` shows all of it. Very small models, trained by this "
+        "repository's code from random weights: they make things up and are often wrong.",
         "",
         "| file | stage | parameters | size | tokens read | minutes | hardware |",
         "| --- | --- | --- | --- | --- | --- | --- |",

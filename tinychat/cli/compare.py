@@ -19,7 +19,7 @@ from tinychat.cli.loading import Loading, choose
 from tinychat.data.records import Message
 from tinychat.runtime.checkpoint import CheckpointInfo, search_folders
 from tinychat.runtime.errors import CheckpointError, ConfigError
-from tinychat.runtime.search import runs
+from tinychat.runtime.search import find_first, labels_of, runs
 
 if TYPE_CHECKING:
     from tinychat.cli.loop import Chat
@@ -57,10 +57,11 @@ def contenders(names: Sequence[str]) -> list[tuple[str, CheckpointInfo]]:
         found = [choose(name) for name in names]
     else:
         for name in USUAL:
-            try:
-                found.append(choose(name))
-            except CheckpointError:
-                continue
+            if path := find_first(name):
+                try:
+                    found.append(choose(str(path)))
+                except CheckpointError:
+                    continue
     if len(found) < 2:
         if len(names) == 1:
             raise ConfigError(
@@ -71,11 +72,8 @@ def contenders(names: Sequence[str]) -> list[tuple[str, CheckpointInfo]]:
             f"Comparing takes two checkpoints, and there {'is' if found else 'are'} "
             f"{found[0].path.stem + ' only' if found else 'none'}; name them, as in base sft."
         )
-    stems = [info.path.stem for info in found]
-    return [
-        (info.path.stem if stems.count(info.path.stem) == 1 else str(info.path), info)
-        for info in found
-    ]
+    named = names or [info.path.stem for info in found]
+    return list(zip(labels_of(named, [info.path for info in found]), found, strict=True))
 
 
 def replies(

@@ -35,6 +35,7 @@ class Contestant:
 def find_models(names: Sequence[str]) -> dict[str, CheckpointInfo]:
     """The checkpoints under names that tell them apart; CheckpointError for a reward model."""
     from tinychat.runtime.checkpoint import find, read_info
+    from tinychat.runtime.search import labels_of
 
     infos = [read_info(find(name)) for name in names]
     for info in infos:
@@ -43,10 +44,7 @@ def find_models(names: Sequence[str]) -> dict[str, CheckpointInfo]:
                 f"{info.path} is a reward model and writes no replies; "
                 "name a chat model, and this one with --judge if it is a judge."
             )
-    stems = [info.path.stem for info in infos]
-    labels = [
-        info.path.stem if stems.count(info.path.stem) == 1 else str(info.path) for info in infos
-    ]
+    labels = labels_of(names, [info.path for info in infos])
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice:
         raise ConfigError(f"{twice} is named twice; a model always draws with itself.")
@@ -64,10 +62,10 @@ def find_judge(name: str, infos: Iterable[CheckpointInfo]) -> CheckpointInfo:
 
 def find_reward() -> Path:
     """The reward model of `train ppo` where none is named; an error that says how to make one."""
-    from tinychat.runtime.search import find_first
+    from tinychat.runtime.search import RUNS, find, find_first
 
-    if path := find_first("reward"):
-        return path
+    if find_first("reward") or (RUNS / "reward").is_dir():
+        return find("reward")
     raise CheckpointError(
         "There is no reward model yet: make one with `tinychat train reward`, "
         "or name one with --reward CKPT."

@@ -115,7 +115,7 @@ def evaluate(
 ) -> None:
     """Measure models: win rates with intervals, KL, held-out text, honesty, manners.
 
-    Example: tinychat eval rlhf sft base --judge judge --out report.json
+    Example: tinychat eval ppo sft base --judge judge --out report.json
     """
     from rich.console import Console
 

@@ -57,7 +57,7 @@ Words = Annotated[
     typer.Argument(metavar="[QUESTION]", help="Read from standard input when left out."),
 ]
 _CKPT_HELP = (
-    "Which checkpoint: rlhf, sft, base or a .safetensors file. "
+    "Which checkpoint: rlhf, sft, base, a run's name or a .safetensors file. "
     "The first of these three that is there when left out."
 )
 Ckpt = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -35,22 +36,28 @@ def show_info(name: str, as_json: bool) -> None:
     table.add_row("tokenizer", Text(info.tokenizer_sha256))
     table.add_section()
     table.add_row("config", Text(printable(plain("config", info.config))))
-    ancestors = info.lineage.get("ancestors")
-    before = ancestors if isinstance(ancestors, list) else []
-    named = [("metrics", info.metrics), ("lineage", info.lineage)]
-    for part, entries in (*named, *(("before that", entry) for entry in before)):
+    parts = [("metrics", info.metrics), *(("lineage", one) for one in trainings(info.lineage))]
+    for number, (part, entries) in enumerate(parts):
         table.add_section()
-        if part == "before that":
-            table.add_row(part, Text("the checkpoint that this one began with", style="dim"))
-        if not entries or not isinstance(entries, Mapping):
+        if number > 1:
+            table.add_row("built on", Text("an earlier training", style="dim"))
+        if not entries:
             table.add_row(part, Text("nothing recorded", style="dim"))
-            continue
         for key, value in entries.items():
-            if key != "ancestors":
-                told = (str(key).replace("_", " "), plain(str(key), value))
-                table.add_row(*(Text(printable(text)) for text in told))
+            told = (str(key).replace("_", " "), plain(str(key), value))
+            table.add_row(*(Text(printable(text)) for text in told))
     table.caption = Text(f"Everything, curves and checksums too: tinychat info {name} --json")
     Console().print(table)
+
+
+def trainings(lineage: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A lineage and those of its ancestors, of theirs too, each once and without its ancestors."""
+    older = lineage.get("ancestors")
+    older = older if isinstance(older, list) and all(isinstance(o, Mapping) for o in older) else []
+    found = [{key: x for key, x in lineage.items() if key != "ancestors" or not older}]
+    for one in older:
+        found += [entry for entry in trainings(one) if entry not in found]
+    return found
 
 
 def show_models(as_json: bool) -> None:
@@ -78,7 +85,7 @@ def models_table() -> RenderableType:
             weights = f"{info.parameters / 1e6:.1f} M"
             row = [info.stage, weights, size(info.bytes), date(info), score(info)[1]]
         came = origin(path)
-        where = came if came == "shipped" else f"{came}: {path.parent}"
+        where = {"shipped": came, "run": str(path.parent)}.get(came, f"{came}: {path.parent}")
         table.add_row(Text(name), *map(Text, row), Text(where))
     return table
 
@@ -187,22 +194,24 @@ def verify_sources(folder: Path | None) -> None:
 
 def plain(key: str, value: Any) -> str:
     """A value of the metadata for people: thousands, hours, a line for each group of things."""
-    if key == "hardware" and isinstance(value, Mapping):
+    if key == "hardware" and isinstance(value, Mapping) and machine(value) != UNKNOWN:
         return machine(value)
     if isinstance(value, Mapping):
-        value = {name: x for name, x in value.items() if name != "sha256"}  # of each data source
+        if len(value) > 1:  # a data source's
+            value = {name: x for name, x in value.items() if name != "sha256"}
         if any(isinstance(inner, Mapping | list) for inner in value.values()):
             return "\n".join(f"{name}: {plain(name, inner)}" for name, inner in value.items())
-        return ", ".join(f"{name} {plain(name, inner)}" for name, inner in value.items())
+        told = [f"{name} {plain(name, inner)}" for name, inner in value.items()]
+        return ", ".join(told) or "none"
     if isinstance(value, list):
-        told = [plain(key, entry) for entry in value]
+        told = [plain("" if key == "curve" else key, entry) for entry in value]
         if key == "curve" and len(told) > 2:
             return f"{len(told)} points\nfirst: {told[0]}\nlast: {told[-1]}"
         nested = any(isinstance(entry, Mapping | list) for entry in value)
         return ("\n" if nested else ", ").join(told) or "none"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
-    if isinstance(value, int | float) and key.endswith("seconds"):
+    if isinstance(value, int | float) and key.endswith("seconds") and math.isfinite(value):
         return duration(value)
     if isinstance(value, int):
         return f"{value:,}" if key not in ("seed", "format") else str(value)
@@ -219,12 +228,16 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
+UNKNOWN = "not recorded"
+
+
 def machine(hardware: Mapping[str, Any]) -> str:
     """The part that did the work: "NVIDIA H100", or "2 cores of AMD EPYC"."""
-    if not {"cores", "cpu", "gpus"} <= hardware.keys():
-        return "not recorded"
+    if not {"cores", "cpu", "gpus"} <= hardware.keys() or not isinstance(hardware["gpus"], list):
+        return UNKNOWN
+    gpus = [gpu.get("name") if isinstance(gpu, Mapping) else gpu for gpu in hardware["gpus"]]
     cores = f"{hardware['cores']} core{'s' * (hardware['cores'] != 1)} of {hardware['cpu']}"
-    return ", ".join(gpu["name"] for gpu in hardware["gpus"]) or cores
+    return ", ".join(map(str, gpus)) or cores
 
 
 def size(count: int) -> str:

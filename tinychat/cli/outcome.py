@@ -154,7 +154,7 @@ def _save_smallest(
 
     For a run whose checkpoint is there is finished.
     """
-    trial = path.with_name("trial.safetensors")
+    trial = path.with_name(".trial.safetensors")  # hidden: nobody takes it for the result
     kinds: tuple[Kind, ...] = ("int8", "bf16")
     for kind in kinds:
         save(trial, kind)

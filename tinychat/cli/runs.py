@@ -239,6 +239,19 @@ def without_compiling(minutes: float | None, chosen: list[str]) -> list[str]:
     return ["compiled=false", *chosen] if minutes and minutes < COMPILING else chosen
 
 
+def check_shared_alike(folder: Path, record: Mapping[str, Any], world: int, rows: int) -> None:
+    """Refuse another number of processes with another number of rows a step than a run began with.
+
+    A step counts its rows, so the run would leave out texts, or read some twice.
+    """
+    begun_by, begun_with = record.get("processes", 1), record.get("rows", rows)
+    if world != begun_by and rows != begun_with:
+        raise ConfigError(
+            f"{folder} was begun by {begun_by} processes with {begun_with} rows a step in all, and "
+            f"these are {world} with {rows}; add --set batch={max(1, begun_with // world)}."
+        )
+
+
 def find_checkpoint(name: str) -> Path:
     from tinychat.runtime.checkpoint import find
 

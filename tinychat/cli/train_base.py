@@ -24,6 +24,7 @@ from tinychat.cli.runs import (
     check_as_begun,
     check_minutes,
     check_sequence,
+    check_shared_alike,
     check_unchanged,
     data_as_begun,
     find_checkpoint,
@@ -142,6 +143,9 @@ def base(
     minutes = minutes or budget_of(record, folder)
     shape = replace(model_preset(record["preset"]), context=max(1024, config.sequence))
     rank, world = join_processes()
+    rows = config.batch * world
+    if resume:
+        check_shared_alike(folder, record, world, rows)
     place = pick_device(device)
     set_threads()
     pieces = read_tokenizer(tokenizer_file)
@@ -181,10 +185,13 @@ def base(
                 "tokenizer": str(tokenizer_file) if tokenizer_file else None,
                 "sources": source,
                 "sha256": own_files,
+                "processes": world,
+                "rows": rows,
             },
         )
     elif rank == 0:
-        update_record(folder, record, set=chosen, minutes=minutes, data=data and str(data))
+        now = {"set": chosen, "minutes": minutes, "data": data and str(data)}
+        update_record(folder, record, **now, processes=world, rows=rows)
 
     def batches_from(micro_step: int, micro_steps: int) -> Iterator[Batch]:
         size = config.batch * world

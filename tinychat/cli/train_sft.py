@@ -24,6 +24,7 @@ from tinychat.cli.runs import (
     check_as_begun,
     check_minutes,
     check_sequence,
+    check_shared_alike,
     find_checkpoint,
     is_finished,
     join_processes,
@@ -180,6 +181,9 @@ def sft(
         return
     minutes = minutes or budget_of(record, folder)
     rank, world = join_processes()
+    rows = config.batch * world
+    if resume:
+        check_shared_alike(folder, record, world, rows)
     place = pick_device(device)
     set_threads()
     model, pieces, info = load_model(record["from"])
@@ -218,10 +222,12 @@ def sft(
                 "data": files,
                 "keep_all": keep_all,
                 "longest": longest,
+                "processes": world,
+                "rows": rows,
             },
         )
     elif rank == 0:
-        update_record(folder, record, set=chosen, minutes=minutes)
+        update_record(folder, record, set=chosen, minutes=minutes, processes=world, rows=rows)
 
     def batches_of(unseen: list[Dialogue]) -> Callable[[], Iterator[Batch]]:
         held_out = PackedConversations(rendered(unseen), config, pieces.pad_id)

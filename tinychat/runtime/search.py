@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tinychat.runtime.errors import CheckpointError
@@ -40,16 +40,25 @@ def find(name: str | Path) -> Path:
     for candidate in _candidates(path):
         if _is_file(candidate):
             return candidate
-    folders = [folder for folder in (path, RUNS / path) if os.path.isdir(folder)]
-    for folder in folders:
-        if inside := _named(folder):
-            if len(inside) == 1:
-                return next(iter(inside.values()))
-            listed = ", ".join(os.path.join(given, one) for one in inside)
-            raise CheckpointError(f"{given!r} is a folder: name one in it: {listed}.")
-    if folders:
-        raise CheckpointError(f"{given!r} is a folder: it holds no checkpoint.")
+    for folder in _folders_of(path):
+        inside = _named(folder)
+        if len(inside) == 1:
+            return next(iter(inside.values()))
+        listed = ", ".join(os.path.join(given, one) for one in inside)
+        if (folder / "run.json").is_file() and not inside:
+            advice = "its training isn't finished; --resume goes on with it"
+        else:
+            advice = f"name one in it: {listed}" if listed else "it holds no checkpoint"
+        raise CheckpointError(f"{given!r} is a folder: {advice}.")
     raise CheckpointError(f"No checkpoint {given!r}: {_offer(path.name)}.")
+
+
+def _folders_of(path: Path) -> list[Path]:
+    """The folders that `path` names, the fullest first; below `runs/` only a plain name is looked
+    for."""
+    plain = not path.is_absolute() and ".." not in path.parts and path.parts
+    places = [path, RUNS / path] if plain else [path]
+    return sorted((place for place in places if os.path.isdir(place)), key=lambda p: not _named(p))
 
 
 def _candidates(path: Path) -> Iterator[Path]:
@@ -61,15 +70,24 @@ def _candidates(path: Path) -> Iterator[Path]:
 
 
 def runs() -> dict[str, Path]:
-    """The checkpoints below `runs/` by the shortest names that `find` takes: `n1`, `all/sft`."""
-    shared = {file.stem for folder in search_folders() for file in _checkpoints(folder)}
+    """The checkpoints below `runs/` by the shortest names that `find` takes: `n1`, `all/sft`.
+
+    `runs/n1` where `n1` is another checkpoint.
+    """
     found: dict[str, Path] = {}
     for folder in _folders(RUNS):
         inside = _named(folder)
-        short = folder.name if folder.name not in shared else f"{RUNS}/{folder.name}"
         for name, file in inside.items():
-            found[short if len(inside) == 1 else f"{short}/{name}"] = file
+            short = folder.name if len(inside) == 1 else f"{folder.name}/{name}"
+            found[short if _means(short, file) else f"{RUNS}/{short}"] = file
     return found
+
+
+def _means(name: str, file: Path) -> bool:
+    try:
+        return find(name) == file
+    except CheckpointError:
+        return False
 
 
 def _named(folder: Path) -> dict[str, Path]:
@@ -77,7 +95,8 @@ def _named(folder: Path) -> dict[str, Path]:
     if files := _checkpoints(folder):
         return {file.stem: file for file in files}
     found: dict[str, Path] = {}
-    for inner in _folders(folder):  # the stages of `train all`
+    inner_folders = _folders(folder) if RUNS.resolve() in folder.resolve().parents else []
+    for inner in inner_folders:  # the stages of `train all`
         files = _checkpoints(inner)
         alone = len(files) == 1
         found |= {inner.name if alone else f"{inner.name}/{f.stem}": f for f in files}
@@ -85,13 +104,25 @@ def _named(folder: Path) -> dict[str, Path]:
 
 
 def find_first(*names: str) -> Path | None:
-    """The first of these checkpoints that is there, as `find` finds them; None where none is."""
-    for name in names:
-        try:
-            return find(name)
-        except CheckpointError:
-            continue
-    return None
+    """The first of these that lies in one of `search_folders`, or here; None where none does.
+
+    A run that happens to have such a name is not meant.
+    """
+    return next(
+        (file for name in names for file in _candidates(Path(name)) if _is_file(file)), None
+    )
+
+
+def labels_of(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """What to call checkpoints: their files' names, a run by its own, paths where two are alike."""
+    short = [
+        path.stem if Path(name).stem == path.stem else name
+        for name, path in zip(names, paths, strict=True)
+    ]
+    return [
+        label if short.count(label) == 1 else str(path)
+        for label, path in zip(short, paths, strict=True)
+    ]
 
 
 def _offer(name: str) -> str:
