@@ -677,7 +677,12 @@ def test_a_run_is_listed_by_a_name_that_means_it(places: dict[str, Path]) -> Non
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
     Path("n2").mkdir()  # empty: the run is meant
-    assert list(search.runs()) == ["runs/checkpoints", "runs/m", "runs/n1", "n2"]
+    odd = Path("runs/~nobody/sft.safetensors")  # a shell would take it for somebody's home
+    odd.parent.mkdir()
+    odd.write_bytes(b"x")
+    assert list(search.runs()) == [
+        "runs/checkpoints", "runs/m", "runs/n1", "n2", "runs/~nobody"
+    ]  # fmt: skip
     for name, path in search.runs().items():
         assert checkpoint.find(name) == path
     with pytest.raises(CheckpointError):

@@ -17,10 +17,10 @@ import torch
 from typer.testing import CliRunner
 
 from tinychat.cli.app import app
+from tinychat.cli.processes import check_shared_alike
 from tinychat.cli.progress import SAMPLE_PROMPTS, clock
 from tinychat.cli.runs import (
     check_as_begun,
-    check_shared_alike,
     data_as_begun,
     override,
     run_folder,

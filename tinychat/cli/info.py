@@ -194,15 +194,14 @@ def verify_sources(folder: Path | None) -> None:
 
 def plain(key: str, value: Any) -> str:
     """A value of the metadata for people: thousands, hours, a line for each group of things."""
-    if key == "hardware" and isinstance(value, Mapping) and machine(value) != UNKNOWN:
-        return machine(value)
     if isinstance(value, Mapping):
+        if key == "hardware" and (part := machine(value)) != UNKNOWN:
+            return part
         if len(value) > 1:  # a data source's
             value = {name: x for name, x in value.items() if name != "sha256"}
         if any(isinstance(inner, Mapping | list) for inner in value.values()):
             return "\n".join(f"{name}: {plain(name, inner)}" for name, inner in value.items())
-        told = [f"{name} {plain(name, inner)}" for name, inner in value.items()]
-        return ", ".join(told) or "none"
+        return ", ".join(f"{name} {plain(name, x)}" for name, x in value.items()) or "none"
     if isinstance(value, list):
         told = [plain("" if key == "curve" else key, entry) for entry in value]
         if key == "curve" and len(told) > 2:

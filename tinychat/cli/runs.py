@@ -9,8 +9,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -239,19 +238,6 @@ def without_compiling(minutes: float | None, chosen: list[str]) -> list[str]:
     return ["compiled=false", *chosen] if minutes and minutes < COMPILING else chosen
 
 
-def check_shared_alike(folder: Path, record: Mapping[str, Any], world: int, rows: int) -> None:
-    """Refuse another number of processes with another number of rows a step than a run began with.
-
-    A step counts its rows, so the run would leave out texts, or read some twice.
-    """
-    begun_by, begun_with = record.get("processes", 1), record.get("rows", rows)
-    if world != begun_by and rows != begun_with:
-        raise ConfigError(
-            f"{folder} was begun by {begun_by} processes with {begun_with} rows a step in all, and "
-            f"these are {world} with {rows}; add --set batch={max(1, begun_with // world)}."
-        )
-
-
 def find_checkpoint(name: str) -> Path:
     from tinychat.runtime.checkpoint import find
 
@@ -266,34 +252,6 @@ def cache_folder(pieces: Tokenizer) -> Path:
 
         root = user_cache_dir("tinychat")
     return Path(root) / "shards" / pieces.sha256[:12]
-
-
-def join_processes() -> tuple[int, int]:
-    """Under torchrun, meet the other processes; returns (rank, number of processes)."""
-    from tinychat.runtime.device import environment_number
-
-    if environment_number("WORLD_SIZE", 1) < 2:
-        return 0, 1
-    import torch
-    import torch.distributed as dist
-
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
-@contextmanager
-def first_alone(rank: int, world: int) -> Iterator[None]:
-    """Under torchrun the first process does the work alone; the others then find it done."""
-    if world < 2:
-        yield
-        return
-    import torch.distributed as dist
-
-    if rank:
-        dist.barrier()
-    yield
-    if not rank:
-        dist.barrier()
 
 
 def make_shards(

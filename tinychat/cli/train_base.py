@@ -18,19 +18,17 @@ from tinychat.cli.outcome import (
     stop_here,
     write_checkpoint,
 )
+from tinychat.cli.processes import check_shared_alike, first_alone, join_processes
 from tinychat.cli.progress import print_samples, shards_progress, training_progress
 from tinychat.cli.runs import (
     budget_of,
     check_as_begun,
     check_minutes,
     check_sequence,
-    check_shared_alike,
     check_unchanged,
     data_as_begun,
     find_checkpoint,
-    first_alone,
     is_finished,
-    join_processes,
     make_mix,
     make_shards,
     override,
@@ -194,9 +192,8 @@ def base(
         update_record(folder, record, **now, processes=world, rows=rows)
 
     def batches_from(micro_step: int, micro_steps: int) -> Iterator[Batch]:
-        size = config.batch * world
-        mix = make_mix(train, config.sequence, config.seed, micro_steps * size)
-        return mix.batches(micro_step, size, micro_steps - micro_step, rank, world)
+        mix = make_mix(train, config.sequence, config.seed, micro_steps * rows)
+        return mix.batches(micro_step, rows, micro_steps - micro_step, rank, world)
 
     here = shards["validation"]
 
@@ -233,7 +230,7 @@ def base(
     model.eval()
     measure = LossFunction(model, dtype=config.dtype, compiled=False)
     bits = {name: bits_per_byte(measure, windows(name, 4)(), token_bytes_V) for name in here}
-    mix = make_mix(train, config.sequence, config.seed, result.steps * config.batch * world)
+    mix = make_mix(train, config.sequence, config.seed, result.steps * rows)
     lineage = lineage_of(
         result,
         data={

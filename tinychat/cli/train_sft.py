@@ -18,16 +18,15 @@ from tinychat.cli.outcome import (
     stop_here,
     write_checkpoint,
 )
+from tinychat.cli.processes import check_shared_alike, join_processes
 from tinychat.cli.progress import print_samples, training_progress
 from tinychat.cli.runs import (
     budget_of,
     check_as_begun,
     check_minutes,
     check_sequence,
-    check_shared_alike,
     find_checkpoint,
     is_finished,
-    join_processes,
     override,
     read_record,
     run_folder,

@@ -37,13 +37,10 @@ def find(name: str | Path) -> Path:
     if not given.strip() or "\0" in given:
         raise CheckpointError(f"{given!r} names no checkpoint: {_offer('')}.")
     path = Path(os.path.expanduser(given))  # unlike Path.expanduser, leaves an unknown ~name
-    for candidate in _candidates(path):
-        if _is_file(candidate):
-            return candidate
-    for folder in _folders_of(path):
+    if found := _look_up(path):
+        return found
+    if folder := _folder_of(path):
         inside = _named(folder)
-        if len(inside) == 1:
-            return next(iter(inside.values()))
         listed = ", ".join(os.path.join(given, one) for one in inside)
         if (folder / "run.json").is_file() and not inside:
             advice = "its training isn't finished; --resume goes on with it"
@@ -53,12 +50,24 @@ def find(name: str | Path) -> Path:
     raise CheckpointError(f"No checkpoint {given!r}: {_offer(path.name)}.")
 
 
-def _folders_of(path: Path) -> list[Path]:
-    """The folders that `path` names, the fullest first; below `runs/` only a plain name is looked
-    for."""
+def _look_up(path: Path) -> Path | None:
+    """The file that `path` means, or the only checkpoint of the folder that it means."""
+    if file := _file_of(path):
+        return file
+    folder = _folder_of(path)
+    inside = list(_named(folder).values()) if folder else []
+    return inside[0] if len(inside) == 1 else None
+
+
+def _file_of(path: Path) -> Path | None:
+    return next(filter(_is_file, _candidates(path)), None)
+
+
+def _folder_of(path: Path) -> Path | None:
+    """The folder that `path` means: itself, or a run; one with checkpoints before one without."""
     plain = not path.is_absolute() and ".." not in path.parts and path.parts
-    places = [path, RUNS / path] if plain else [path]
-    return sorted((place for place in places if os.path.isdir(place)), key=lambda p: not _named(p))
+    places = [at for at in ((path, RUNS / path) if plain else (path,)) if os.path.isdir(at)]
+    return next(filter(_named, places), None) or next(iter(places), None)
 
 
 def _candidates(path: Path) -> Iterator[Path]:
@@ -79,15 +88,9 @@ def runs() -> dict[str, Path]:
         inside = _named(folder)
         for name, file in inside.items():
             short = folder.name if len(inside) == 1 else f"{folder.name}/{name}"
-            found[short if _means(short, file) else f"{RUNS}/{short}"] = file
+            means = _look_up(Path(os.path.expanduser(short)))
+            found[short if means == file else f"{RUNS}/{short}"] = file
     return found
-
-
-def _means(name: str, file: Path) -> bool:
-    try:
-        return find(name) == file
-    except CheckpointError:
-        return False
 
 
 def _named(folder: Path) -> dict[str, Path]:
@@ -108,9 +111,7 @@ def find_first(*names: str) -> Path | None:
 
     A run that happens to have such a name is not meant.
     """
-    return next(
-        (file for name in names for file in _candidates(Path(name)) if _is_file(file)), None
-    )
+    return next(filter(None, (_file_of(Path(name)) for name in names)), None)
 
 
 def labels_of(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
