@@ -58,7 +58,7 @@ import sys
 
 from tinychat.book.picture import picture
 from tinychat.data import tokenizer_model
-from tinychat.data.corpus import dialogues, stories
+from tinychat.data.corpus import basics, dialogues, stories
 from tinychat.data.split import split_of
 
 FAST = os.environ.get("TINYCHAT_FAST") == "1"
@@ -346,7 +346,7 @@ def draw_mask(plt):
 picture("09_mask", draw_mask)
 
 # %% [markdown]
-# How much of all our conversations is learned? Count it.
+# How much of all our dialogues is learned? Count it.
 
 # %%
 shown = corpus[:300] if FAST else corpus
@@ -369,7 +369,8 @@ print(f"the longest has {max(len(row.tokens) for row in rows)} tokens")
 #   with a clear sentence, never a silent cut.
 #
 # `render_prompt` does this for a chat. It ends with `<|assistant|>`: your turn, model. And it leaves
-# room for the reply.
+# room for the reply. (The program in your terminal drops more at once, down to three quarters of the
+# room. What stays has moved, so the model must read it anew; that shouldn't happen with every turn.)
 
 
 # %% tags=["export"]
@@ -485,15 +486,18 @@ for message in prompts.values():
 
 # %% [markdown]
 # How many of them does it take? The cell counts what InstructGPT's fine-tuning had (their table 6),
-# and puts our corpus beside it. The number surprises most people: GPT-3 had read a good part of the
-# internet, and some thousands of examples changed how it talks.
+# and puts ours beside it: the dialogues, and the *basics*, short conversations about simple things that
+# chapter 10 explains. The number surprises most people: GPT-3 had read a good part of the internet, and
+# some thousands of examples changed how it talks. A small model that has read little needs far more of
+# them, since much of what it knows it must learn from them.
 
 # %%
 INSTRUCTGPT = {"written by labelers": 11_295, "from users": 1_430}  # training examples, table 6
 theirs = sum(INSTRUCTGPT.values())
-ours = sum(split_of(one.id) == "train" for one in corpus)
 print(f"InstructGPT: {INSTRUCTGPT}, together {theirs:,}")
-print(f"our corpus:  {ours:,} conversations for training, {ours / theirs:.0%} of that")
+for name, some in (("dialogues", corpus), ("basics", basics())):
+    ours = sum(split_of(one.id) == "train" for one in some)
+    print(f"our {name}: {ours:,} conversations for training, {ours / theirs:.1f} times as many")
 
 # %% [markdown]
 # ## Cleaning up
@@ -506,8 +510,8 @@ print(f"our corpus:  {ours:,} conversations for training, {ours / theirs:.0%} of
 # 3. training, validation and test prompts came from **different users**;
 # 4. **personal data** was filtered out.
 #
-# You build the same. (For the third, our records are divided by a fixed hash of their id: `split_of`
-# in `tinychat.data`.)
+# You build the same, the third only nearly: our records are divided by a fixed hash of their id
+# (`split_of` in `tinychat.data`), not of who gave them. Exercise 3 shows what that lets through.
 #
 # Personal data first. E-mail addresses, web addresses and phone numbers have a shape, and a regular
 # expression finds it. Names and street addresses have none; finding those takes a model, and we
@@ -518,7 +522,7 @@ print(f"our corpus:  {ours:,} conversations for training, {ours / theirs:.0%} of
 PERSONAL_DATA = {
     "e-mail": re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
     "web address": re.compile(r"(?:https?://|www\.)\S+", re.IGNORECASE),
-    # International, North American, and with a leading zero; dates and plain numbers don't match.
+    # International, North American, and with a leading zero; most dates and numbers don't match.
     "phone number": re.compile(
         r"(?<!\w)(?:\+\d[\d ().-]{7,}\d"
         r"|\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}"
@@ -558,6 +562,7 @@ JUDGED = {
     "pi is 3.14159265": False,
     "the score was 21-19 and 21-17": False,
     "add 1000 2000 3000": False,
+    "add 100 200 3000": False,
     "@home is not an address": False,
     "call me at 6:30": False,
 }
@@ -568,12 +573,12 @@ print(f"found {private_lines - len(missed)} of {private_lines}; missed: {missed}
 print(f"taken for nothing: {len(for_nothing)} of {len(JUDGED) - private_lines}: {for_nothing}")
 
 # %% tags=["test"]
-assert not for_nothing
+assert for_nothing == ["add 100 200 3000"], "three numbers in the form of a phone's"
 assert "I am Kim Lee of 12 Mill Lane" in missed, "names have no shape"
 
 # %% [markdown]
-# So a rule that you can read is honest about what it can't do. What has a shape is found; what a
-# person merely *means* is missed. Large collections add a model for names, and people who look.
+# So a rule that you can read is honest about what it can't do. What has a shape is found, now and then
+# in something harmless; what a person merely *means* is missed. Large collections add a model for names, and people who look.
 #
 # Now copies. An exact one is easy: keep only the words, in lower case, and compare. A *near* copy is
 # harder, with a word changed here and a sentence added there. The idea (Broder 1997): cut both texts
@@ -617,9 +622,14 @@ class NearDuplicates:
 
     def sketch(self, text: str) -> Sketch:
         """Return what is compared of a text: its shingles, and the place of each band."""
-        mine = shingles(text)
+        return self.sketch_of(shingles(text))
+
+    def sketch_of(self, mine: frozenset[str]) -> Sketch:
+        """Return shingles with the place of each band."""
         hashes = np.array([zlib.crc32(shingle.encode()) for shingle in mine], dtype=np.uint64)
-        mixed = (hashes[:, None] * self._factors + self._offsets) % np.uint64(2**61 - 1)
+        # The prime just above the largest hash: a product wraps around it many times. (A modulus
+        # that it hardly reaches keeps the order, and all 64 choose the same shingle.)
+        mixed = (hashes[:, None] * self._factors + self._offsets) % np.uint64(4_294_967_311)
         bands = mixed.min(axis=0).reshape(self.BANDS, self.ROWS)
         return mine, [(number, band.tobytes()) for number, band in enumerate(bands)]
 
@@ -859,7 +869,8 @@ assert busiest["after"] < busiest["before"]
 # changes many shingles. The letter with a new question at its end is caught by its beginning. And the
 # busy user is no cheat at all. Each question is new; there are just too many of one kind.
 #
-# The order matters too. Copies go first, so that a copy doesn't use up its user's cap.
+# The order of the questions decides only which reason goes into the books. Only what stays makes others
+# its copies and counts towards its user's cap, so that no copy uses that up.
 #
 # And the division into parts. It depends on the id alone, so a conversation never changes sides when
 # the collection grows or is shuffled.
@@ -882,7 +893,7 @@ def without_mask(rendered: Rendered) -> Rendered:
 
 
 everything = sum(sum(without_mask(row).loss_mask) for row in rows)
-print(f"{everything - marked:,} tokens more, all of them other people's words")
+print(f"{everything - marked:,} tokens more: what others said, and the marks of whose turn it is")
 assert everything == tokens - len(rows) > marked
 
 # %% [markdown]
@@ -905,6 +916,9 @@ in_ours = len(render(longest, tokenizer).tokens)
 in_chatml = chatml_length(longest.messages)
 print(f"{len(longest.messages)} turns: {in_ours} tokens in our template, {in_chatml} in ChatML's")
 assert in_chatml > in_ours
+# By hand: 1 for the beginning; 2 + "user", "\n" + "hi" + "\n"; 2 + "ass", "ist", "ant", "\n" + "Hello",
+# "!" + "\n".
+assert chatml_length([Message("user", "hi"), Message("assistant", "Hello!")]) == 1 + 6 + 9
 
 # %% [markdown]
 # **3. A split by user.** InstructGPT divided by *user*, not by prompt. Write `leaks(dialogues,
@@ -926,7 +940,7 @@ print(f"divided by id, {by_id} users are on both sides; divided by user, {by_sou
 assert by_source == 0 < by_id
 
 # %% [markdown]
-# **4. How near is near?** Run `curate` on the mess with an overlap of 0.5, 0.7, 0.8 and 0.95. How many
+# **4. How near is near?** Run `curate` on the mess, without the busy user, with an overlap of 0.5, 0.7, 0.8 and 0.95. How many
 # near copies does each find, and how many of them are `echo`es? Which way does the number go, and what
 # goes wrong at each end?
 
@@ -967,7 +981,7 @@ assert counts == sorted(counts, reverse=True)
 # - **Other roles.** Tool calls and their results are turns too; chapter 14 writes them as text.
 # - **Summaries instead of forgetting.** A larger model can sum up what is about to be dropped. Ours
 #   would sum up wrongly, and you would never see it.
-# - **Judging quality.** Large labs filter with a model that scores each text. Our corpus is small
+# - **Judging quality.** Large labs filter with a model that scores each text. Our dialogues are few
 #   enough to read.
 # - **Names and addresses** in personal data, as said above.
 #

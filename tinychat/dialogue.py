@@ -181,7 +181,7 @@ def render_prompt(
 PERSONAL_DATA = {
     "e-mail": re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
     "web address": re.compile(r"(?:https?://|www\.)\S+", re.IGNORECASE),
-    # International, North American, and with a leading zero; dates and plain numbers don't match.
+    # International, North American, and with a leading zero; most dates and numbers don't match.
     "phone number": re.compile(
         r"(?<!\w)(?:\+\d[\d ().-]{7,}\d"
         r"|\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}"
@@ -231,9 +231,14 @@ class NearDuplicates:
 
     def sketch(self, text: str) -> Sketch:
         """Return what is compared of a text: its shingles, and the place of each band."""
-        mine = shingles(text)
+        return self.sketch_of(shingles(text))
+
+    def sketch_of(self, mine: frozenset[str]) -> Sketch:
+        """Return shingles with the place of each band."""
         hashes = np.array([zlib.crc32(shingle.encode()) for shingle in mine], dtype=np.uint64)
-        mixed = (hashes[:, None] * self._factors + self._offsets) % np.uint64(2**61 - 1)
+        # The prime just above the largest hash: a product wraps around it many times. (A modulus
+        # that it hardly reaches keeps the order, and all 64 choose the same shingle.)
+        mixed = (hashes[:, None] * self._factors + self._offsets) % np.uint64(4_294_967_311)
         bands = mixed.min(axis=0).reshape(self.BANDS, self.ROWS)
         return mine, [(number, band.tobytes()) for number, band in enumerate(bands)]
 
