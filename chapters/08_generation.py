@@ -191,7 +191,7 @@ class Sampling:
     """How the next token is chosen; raises ConfigError for values that make no sense."""
 
     temperature: float = 0.5
-    "logits are divided by it: below 1 bolder, above 1 wilder, 0 always takes the best token"
+    "logits are divided by it: below 1 surer, above 1 wilder, 0 always takes the best token"
     top_k: int = 0
     "only the k best tokens stay; 0 switches it off"
     top_p: float = 0.95
@@ -966,7 +966,7 @@ print(f"{same} of {len(prompts)} replies are the same, token for token")
 # would always choose the shortest draft: we take the *mean* a token. A draft that circles in a loop is
 # very sure of itself, so those that come to an end go first. And whether the reply is over can't be
 # found by comparing, since an end is one token, which is nearly always surer than a whole sentence. So
-# after every sentence that is drawn, once.
+# that is drawn instead, once after every sentence.
 
 
 # %% tags=["export"]
@@ -1305,8 +1305,6 @@ def until(pieces: Iterator[str], stop: str) -> Iterator[str]:
         ready, held = held[: len(held) - keep], held[len(held) - keep :]
         if ready:
             yield ready
-    else:
-        keep = 0
     if held:
         yield held
 

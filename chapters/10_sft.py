@@ -22,7 +22,7 @@
 #
 # 1. **the mask** at work: only replies carry loss;
 # 2. **packing**: several short conversations share a row, and don't see each other;
-# 3. **gentle rates and few readings**, since the data is small and is soon known by heart;
+# 3. **gentle rates and few readings**, since few conversations are soon known by heart;
 # 4. **a held-out set** that tells you when to stop, and what the model forgets meanwhile;
 # 5. your own `sft` checkpoint, and a contest: is it better to *show* a model a task or to train it?
 #
@@ -401,9 +401,11 @@ class SFTConfig:
             raise ConfigError(f"epochs is {self.epochs}; it must be a number above 0.")
         if not 0 <= self.keep < 1:
             raise ConfigError(f"keep is {self.keep}; it must be 0 or more, and below 1.")
-        for name in ("matrix_lr", "vector_lr", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        for name in ("matrix_lr", "vector_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must be 0 or more.")
         self.loop(steps=1)  # the loop refuses everything else that makes no sense
 
     def loop(self, steps: int) -> TrainConfig:
@@ -461,15 +463,16 @@ class PackedConversations:
 
         Of `world` processes each takes a batch of a step's rows: process `rank` every world-th.
         """
-        number, epoch, waiting = 0, 0, []
+        number, epoch = 0, 0
+        waiting: list[list[int]] = []
         size = self.config.batch * world
         while True:
-            waiting += [(epoch, row) for row in self.rows(epoch)]
+            waiting += self.rows(epoch)
             epoch += 1
             while len(waiting) >= size:
                 now, waiting = waiting[:size], waiting[size:]
                 if number >= start:
-                    yield self.batch([row for _, row in now[rank::world]])
+                    yield self.batch(now[rank::world])
                 number += 1
 
     def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
@@ -577,7 +580,7 @@ few = parts["train"][: 4 if FAST else 16]
 seen = PackedConversations(few, PLAIN, tokenizer.pad_id)
 unseen = held_out(4 if FAST else 24)
 student = copy.deepcopy(base).train()
-# Full rates on purpose: the point is to see it go wrong soon.
+# High rates and many readings on purpose: the point is to see it go wrong soon.
 harsh = replace(PLAIN, batch=len(seen.rows(0)), matrix_lr=0.01, vector_lr=2e-3)
 harsh = replace(harsh, epochs=8 if FAST else 60 if base.config.parameters < 4e6 else 20)
 table = [(0, mean_loss(base, [seen.batch(seen.rows(0))]), mean_loss(base, unseen))]
@@ -646,17 +649,19 @@ for share, (read, other) in way.items():
 
 # %% tags=["test"]
 assert way[0.0][1] == table[-1][2] and abs(way[1.0][1] - table[0][2]) < 1e-3
-assert min(other for _, other in way.values()) < way[0.0][1]
+assert min(way[share][1] for share in (0.2, 0.4, 0.6, 0.8)) < way[0.0][1]
 
 # %% [markdown]
 # On unseen conversations some mean of the two is better than the student, and it has forgotten less of
-# what it read than you would think. `train sft --set keep=0.15` does it when a run is finished. After six
-# readings our own chat model lost 3 of 35 right facts by it, and nearly half of the words that don't
-# exist (lab notes).
+# what it read than you would think. `train sft --set keep=0.15` does it when a run is finished. An earlier
+# chat model of ours lost by it some of its right facts (34.7 to 31.4 % of the answers) and nearly half of
+# its words that don't exist (in 13.0 to 7.3 % of them). For the shipped one it gained nothing, and was
+# left out (lab notes).
 #
 # ## The run
 #
-# Now from all training conversations, at gentle rates: the more a base has learned, the gentler.
+# Now from all training conversations (the first tenth of an epoch of them, if the base is the shipped
+# one), at gentle rates: the more a base has learned, the gentler.
 # `TINYCHAT_MINUTES` gives it more time. What it makes goes to `runs/book/sft.safetensors`, and the
 # next chapters go on from there.
 
@@ -727,14 +732,15 @@ else:
 # A small base that has hardly met a conversation gains on unseen replies too. The shipped base gains
 # next to nothing there, and you can see why: it found the training conversations likelier than the
 # unseen ones *before* this run. It has read them in pretraining, several times. The form is known to
-# it, and what is left to learn is mostly by heart. That is the reason why it is fine-tuned for few
-# epochs, and a good reason to know what your base has read.
+# it, and what is left to learn from these few is mostly by heart: a good reason to know what your base
+# has read.
 #
 # Each dot of the curve is another handful of conversations, some easy, some hard. So it jumps, and
 # only its trend tells you something. If a fine-tuned checkpoint is around that kept its curve, the cell
-# draws that too: several readings of everything. Look for stairs in it. Each new epoch begins a step
-# lower, because the model meets conversations that it has met before. The loss *falls because it
-# remembers*, and this number alone would never warn you.
+# draws that too: several readings of far more conversations. Look for stairs in it. A step down is a new
+# reading, in which the model meets conversations that it has met before. The loss *falls because it
+# remembers*, and this number alone would never warn you. A jump up is the opposite: there, new
+# conversations joined, and the loss on what it has never met is the true one.
 
 # %%
 # alt: Loss against tokens read in this chapter's short run; beside it the shipped one's, if it has one.
@@ -761,7 +767,7 @@ picture("10_curves", draw_curves)
 #
 # "Gentle" was a promise; check it. How well do the three models still tell *stories*, which none of
 # the conversations asked for? The base can, the model of this run should, and the student who
-# learned a few conversations by heart at full rates pays for it. This is **forgetting**: weights
+# learned a few conversations by heart at high rates pays for it. This is **forgetting**: weights
 # that are free to change for the new task don't know that the old one needed them.
 
 # %%
@@ -776,7 +782,7 @@ def story_loss(model: GPT) -> float:
 
 forgets = {
     "base": story_loss(base),
-    "gentle, all conversations": story_loss(model),
+    "gentle": story_loss(model),
     "harsh, by heart": story_loss(student),
 }
 for name, loss in forgets.items():
@@ -811,7 +817,8 @@ if card:
     print(f"  metrics: { {k: v for k, v in card.metrics.items() if k != 'curve'} }")
     big, its_tokenizer, _ = load_model(card.path)
     if its_tokenizer.vocab_size == tokenizer.vocab_size:
-        print(f"  loss on the unseen replies of above: {mean_loss(big, judges):.3f} nats a token")
+        print(f"  loss on the unseen replies of above: {mean_loss(big, judges):.3f} nats a token;")
+        print(f"  the base of above: {mean_loss(base, judges):.3f}")
     for question in QUESTIONS[: 2 if FAST else None]:
         ids = render_prompt([Message("user", question)], its_tokenizer, context=256, reserve=64)
         print(f"> {question}\n  {''.join(stream(big, its_tokenizer, ids, greedy)).strip()}")
@@ -819,9 +826,9 @@ else:
     print("no shipped sft checkpoint here: `tinychat train sft` makes one")
 
 # %% [markdown]
-# Put two things side by side: its loss on unseen replies, and its replies. The loss is higher than the
-# base's, and yet it takes its turn, knows its name and stops. The loss asks for the very
-# words of one reply among many good ones. That is the judge of InstructGPT's authors again, who
+# Put two things side by side: the two losses on unseen replies, and the replies, the base's of above and
+# these. How much of what you see do the two numbers tell? The loss asks for the very words of one reply
+# among many good ones. That is the judge of InstructGPT's authors again, who
 # trusted people more than this number. In chapter 11 you build a judge from people's choices.
 #
 # ## The same thing in many words
@@ -835,6 +842,8 @@ else:
 # in several wordings. Here is one fact of it.
 
 # %%
+from itertools import dropwhile
+
 from tinychat.data.corpus import basics
 
 for one in basics():
@@ -857,9 +866,13 @@ ORDINARY = {"The", "That", "Yes", "No", "It", "In", "Its", "This", "Would"}
 
 
 def answer_of(question: str, reply: str) -> set[str]:
-    """The names that the first sentence of a reply adds to its question."""
-    names = re.findall(r"[A-Z][a-z]+", reply.split(". ")[0])
-    return {name for name in names if name.lower() not in question.lower()} - ORDINARY
+    """The names that the first sentence of a reply adds to its question; none if it asks back."""
+    sentence = reply.split(". ")[0]
+    found = set()
+    for name in re.findall(r"[A-Z][a-z]+(?: [A-Z][a-z]+)*", sentence):  # whole ones: Kuwait City
+        words = list(dropwhile(ORDINARY.__contains__, name.split()))
+        found.add(" ".join(words))
+    return {name for name in found if name.lower() not in question.lower() and "?" not in sentence}
 
 
 def exam(parts: tuple[str, ...], count: int) -> list[tuple[str, set[str]]]:
@@ -886,6 +899,8 @@ for name, (one, pieces) in sitters.items():
 
 # %% tags=["test"]
 assert answer_of("capital of peru?", "The capital of Peru is Lima. It is large.") == {"Lima"}
+assert answer_of("capital of mexico?", "That is Mexico City.") == {"Mexico City"}
+assert not answer_of("quiz me", "Let me see: what is the capital of Canada?")
 assert not {q for q, _ in exam(("train",), 999)} & {q for q, _ in exam(("validation", "test"), 999)}
 
 # %% [markdown]
@@ -997,8 +1012,8 @@ tight = pack_sorted(lengths, ROOM)
 least = -(-used // ROOM)
 print(f"random order {len(packed)}, sorted {len(tight)}, at least {least} rows")
 assert least <= len(tight) <= len(packed)
-# Sorted, the same conversations share a row in each epoch, and a batch holds only long ones or
-# only short ones. Random order mixes them anew each time, for a little padding.
+# Sorted, the same conversations share a row in each epoch. Random order mixes them anew each time, for
+# a little padding.
 
 # %% [markdown]
 # **2. Without segments.** Drop the segments from the packed row of `two` and measure how much the
@@ -1025,9 +1040,11 @@ assert of_first < 1e-3 < of_second
 sizes = sorted((sum(one.loss_mask) for one in parts["train"]), reverse=True)
 top_tenth = sum(sizes[: len(sizes) // 10]) / sum(sizes)
 print(f"the longest tenth of the conversations holds {top_tenth:.0%} of the learned tokens")
-assert top_tenth > 0.1
-# A weight of 1 / (learned tokens of the conversation) in place of the mask's 1 would do it:
-# `LossFunction` divides by the sum of the weights. Short replies would then decide the voice.
+alike = [[1 / sum(one.loss_mask) * marked for marked in one.loss_mask] for one in parts["train"]]
+assert all(abs(sum(weights) - 1) < 1e-9 for weights in alike)
+# Such weights in place of the mask's ones would do it: `LossFunction` divides by their sum. (The mask
+# would have to hold fractions first; `packed_row` and `batch_of` make whole numbers of it.) Short
+# replies would then decide the voice.
 
 # %% [markdown]
 # **4. A fair judge.** A base may prefer one of the two answers whatever you ask: "animal" may just be
@@ -1095,8 +1112,8 @@ for count in (0, 4):
 # - **Replay**: mixing some pretraining text into fine-tuning, against forgetting.
 # - **A warm optimizer.** nanochat takes up the optimizer's memory where pretraining left it; ours
 #   begins anew, and its warm-up makes up for that.
-# - **Tasks among the talk.** It also mixes in school questions, sums and spelling, so that one model
-#   learns them all. Ours learns to talk.
+# - **Tasks among the talk.** nanochat also mixes in school questions, sums and spelling, so that one
+#   model learns them all. Ours has short sums and facts among its basics, and no spelling.
 # - **Training only on the best replies**, chosen by a judge. Chapter 11 builds the judge.
 # - **Many public conversations.** We tried. A small model then speaks as they do, and our own voice
 #   drowns.

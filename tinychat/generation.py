@@ -29,7 +29,7 @@ class Sampling:
     """How the next token is chosen; raises ConfigError for values that make no sense."""
 
     temperature: float = 0.5
-    "logits are divided by it: below 1 bolder, above 1 wilder, 0 always takes the best token"
+    "logits are divided by it: below 1 surer, above 1 wilder, 0 always takes the best token"
     top_k: int = 0
     "only the k best tokens stay; 0 switches it off"
     top_p: float = 0.95

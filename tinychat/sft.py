@@ -102,9 +102,11 @@ class SFTConfig:
             raise ConfigError(f"epochs is {self.epochs}; it must be a number above 0.")
         if not 0 <= self.keep < 1:
             raise ConfigError(f"keep is {self.keep}; it must be 0 or more, and below 1.")
-        for name in ("matrix_lr", "vector_lr", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        for name in ("matrix_lr", "vector_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must be 0 or more.")
         self.loop(steps=1)  # the loop refuses everything else that makes no sense
 
     def loop(self, steps: int) -> TrainConfig:
@@ -155,15 +157,16 @@ class PackedConversations:
 
         Of `world` processes each takes a batch of a step's rows: process `rank` every world-th.
         """
-        number, epoch, waiting = 0, 0, []
+        number, epoch = 0, 0
+        waiting: list[list[int]] = []
         size = self.config.batch * world
         while True:
-            waiting += [(epoch, row) for row in self.rows(epoch)]
+            waiting += self.rows(epoch)
             epoch += 1
             while len(waiting) >= size:
                 now, waiting = waiting[:size], waiting[size:]
                 if number >= start:
-                    yield self.batch([row for _, row in now[rank::world]])
+                    yield self.batch(now[rank::world])
                 number += 1
 
     def batch(self, rows: Sequence[Sequence[int]]) -> Batch:

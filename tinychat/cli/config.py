@@ -77,7 +77,7 @@ OPTIONS = {
         ),
         Option(
             "temperature", float, 0.5, "a number from 0 up", lambda n: 0 <= n < inf,
-            "Below 1 bolder, above 1 wilder; 0 always takes the likeliest token.",
+            "Below 1 surer, above 1 wilder; 0 always takes the likeliest token.",
         ),
         Option(
             "top_k", int, 0, "a whole number from 0 up", lambda n: n >= 0,
