@@ -97,9 +97,8 @@ chatty, chat_tokenizer = model_of("sft")
 # %% [markdown]
 # ## Show, don't tell
 #
-# You want the base model to do something: *walk* becomes *walking*. It was never told what an
-# instruction is, so asking doesn't help. But it has learned to go on with patterns. So begin one,
-# and let it go on. These are the **few-shot** prompts of GPT-3 (Brown et al. 2020).
+# You want the base model to do something: *walk* becomes *walking*. It was never trained to follow
+# instructions. But it has learned to go on with patterns. So begin one, and let it go on. These are the **few-shot** prompts of GPT-3 (Brown et al. 2020).
 
 
 # %%
@@ -973,8 +972,8 @@ for tool in (False, True):
 assert FAST or solved[True] > 50 > solved[False], "copying two numbers is easier than multiplying"
 
 # %% [markdown]
-# (A problem whose exact numbers came up in practice could be known by heart. With a million
-# possible ones and a few thousand practised, hardly any is.)
+# (A problem whose exact numbers came up in practice could be known by heart. Those with two numbers
+# are only 98 × 98, and a few thousand were practised, so that it happens to a few of the hundred.)
 #
 # Both had the same problems, as many steps and the same network. With the tool, the model must only
 # *find* the numbers and copy them in the right order, and attention is good at that. Multiplying
@@ -1240,7 +1239,7 @@ for count, ms in pass_ms.items():
 # %% [markdown]
 # So if somebody *guessed* the next few tokens, one pass could check all the guesses together. Most
 # words are easy to guess: after "once upon a" nobody needs a large model. A small, cheap **draft**
-# guesses, the model checks. That is **speculative decoding** (Leviathan et al. 2023; Chen et al.
+# (another thing than chapter 8's drafts of a reply) guesses, the model checks. That is **speculative decoding** (Leviathan et al. 2023; Chen et al.
 # 2023).
 #
 # Our draft is chapter 02's idea on tokens: count what followed the last few. Where a longer context
@@ -1261,7 +1260,8 @@ class TokenCounts:
         alone_V = torch.ones(vocab_size)  # as if each token had been seen once
         self.after: dict[tuple[int, ...], dict[int, int]] = {}
         for text in texts:
-            alone_V += torch.bincount(torch.tensor(text), minlength=vocab_size)
+            ids = torch.tensor(text, dtype=torch.long)
+            alone_V += torch.bincount(ids, minlength=vocab_size)
             for place, token in enumerate(text):
                 for length in range(1, min(order, place + 1)):
                     seen = self.after.setdefault(tuple(text[place - length : place]), {})
@@ -1361,10 +1361,16 @@ def speculate(
     """Yield the new tokens of each pass of `model`: together, a reply as `generate` would draw it.
 
     The draft only changes how many passes it takes. A penalty for repeating would change the
-    distribution from one guess to the next, and is refused with ConfigError.
+    distribution from one guess to the next, and drafts to choose from are several replies: both are
+    refused with ConfigError.
     """
     if sampling.repetition_penalty != 1:
         raise ConfigError("Speculation can't repeat a repetition penalty exactly; set it to 1.")
+    if sampling.side_by_side != 1:
+        raise ConfigError(
+            f"Speculation writes one reply and can't choose among {sampling.drafts} drafts; "
+            "set drafts to 1."
+        )
     if not ids or guesses < 1:
         raise ConfigError(f"{len(ids)} tokens and {guesses} guesses; give at least one of each.")
     text = list(ids)
@@ -1537,7 +1543,7 @@ assert abs(speed_up(0.8, 4, 0.1) - (1 - 0.8**5) / 0.2 / 1.4) < 1e-12
 # ## Where to go from here
 #
 # **A bigger model, more data.** Everything in this book scales, and chapter 07 shows how the loss
-# will follow. `tinychat train base --preset small` wants a GPU and half an hour. The small model's
+# will follow. `tinychat train base --preset small --minutes 30` wants a GPU. The small model's
 # weaknesses that you met in this chapter are mostly weaknesses of size.
 #
 # **DPO.** Chapter 12 trained a reward model and then a policy against it. Rafailov et al. (2023)
@@ -1611,7 +1617,7 @@ assert FAST or reached[1] > 90 > reached[8]
 
 # %% [markdown]
 # **2. Two in a byte.** `Quantized.bytes` counts half a byte for a four-bit step, but `steps` is
-# int8. Write `pack4(steps)` and `unpack4(packed)` that really put two steps into one byte.
+# int8. Write `pack4(steps)` and `unpack4(packed, columns)` that really put two steps into one byte.
 
 
 # %% tags=["solution"]
@@ -1633,7 +1639,7 @@ print(f"{4 * matrix.numel():,} bytes became {int(quantized.bytes):,}")
 
 
 # %% [markdown]
-# **3. Two lists, one answer.** BM25 and the vectors fail on different questions. Cormack et al.
+# **3. Two lists, one answer.** Two searches need not fail on the same questions. Cormack et al.
 # (2009) mix ranked lists without looking at scores: a page at rank r gets 1 / (60 + r) from each
 # list. Write `fuse(lists)`. Does the mixture find more?
 
@@ -1656,6 +1662,8 @@ for kind, column in (("near", 1), ("far", 2)):
             found = fuse([SEARCHES[one](entry[column]) for one in used])
             hits += page_of[entry[0]] in found[:3]
         print(f"{kind:>4} words, {name:>7}: {hits} of {len(EXAM)} among the first three")
+# Not here: BM25 alone is better than the mixture, since the vectors rank far more pages wrong. It pays
+# where two searches are about equally good.
 
 # %% [markdown]
 # **4. The prompt as draft.** When a model repeats what stands in its prompt, as it does with a page
@@ -1667,7 +1675,7 @@ for kind, column in (("near", 1), ("far", 2)):
 # %% tags=["solution"]
 def lookup(ids: Sequence[int]) -> Tensor:
     guess = ids[-1]
-    for place in range(len(ids) - 2, 1, -1):
+    for place in range(len(ids) - 1, 1, -1):
         if tuple(ids[place - 2 : place]) == tuple(ids[-2:]):
             guess = ids[place]
             break
@@ -1676,15 +1684,16 @@ def lookup(ids: Sequence[int]) -> Tensor:
     return logits_V
 
 
-sentence = tokenizer.encode(" She ran down the hill.")
+sentence = tokenizer.encode(" The cat sat on the mat.")
 ids = [tokenizer.bos_id, *sentence * 4]
 settings = Sampling(temperature=0, max_tokens=16 if FAST else 60)
 runs, seconds = quickest(lambda: list(speculate(base, lookup, ids, settings)))
-_, seconds_plain = quickest(lambda: list(generate(base, ids, settings)))
+one_by_one, seconds_plain = quickest(lambda: list(generate(base, ids, settings)))
 joined = [token for new in runs for token in new]
 print(f"{len(joined) / len(runs):.2f} tokens a pass, {seconds_plain / seconds:.2f} times as fast:")
 print(f"  {tokenizer.decode(joined[:16])!r} ...")
-assert lookup([5, 6, 7, 5, 6]).argmax() == 7 and len(joined) == settings.max_tokens
+assert lookup([5, 6, 7, 5, 6]).argmax() == 7 and lookup([1, 1, 2, 1, 1, 1]).argmax() == 1
+assert joined == one_by_one, "a draft changes the speed and never the text"
 
 # %% [markdown]
 # ## Check yourself

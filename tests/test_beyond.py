@@ -517,6 +517,7 @@ def test_no_token_is_read_twice_unless_a_guess_fell():
         ([1], {"guesses": 0}, "0 guesses"),
         ([1] * 96, {}, "96 tokens, the model reads 96"),
         ([1], {"sampling": Sampling(repetition_penalty=1.2)}, "repetition penalty"),
+        ([1], {"sampling": Sampling(drafts=8)}, "choose among 8 drafts"),
     ],
 )
 def test_what_speculation_refuses(ids, options, message):
@@ -526,7 +527,7 @@ def test_what_speculation_refuses(ids, options, message):
 
 
 def test_counts_by_hand():
-    draft = TokenCounts([[0, 1, 0, 1, 2]], vocab_size=4, order=3)
+    draft = TokenCounts([[0, 1, 0, 1, 2], []], vocab_size=4, order=3)
     alone = torch.tensor([3, 3, 2, 1]) / 9  # as if each had been seen once before
     torch.testing.assert_close(draft([]).exp(), alone)
     torch.testing.assert_close(draft([3]).exp(), alone)

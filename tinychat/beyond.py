@@ -260,7 +260,8 @@ class TokenCounts:
         alone_V = torch.ones(vocab_size)  # as if each token had been seen once
         self.after: dict[tuple[int, ...], dict[int, int]] = {}
         for text in texts:
-            alone_V += torch.bincount(torch.tensor(text), minlength=vocab_size)
+            ids = torch.tensor(text, dtype=torch.long)
+            alone_V += torch.bincount(ids, minlength=vocab_size)
             for place, token in enumerate(text):
                 for length in range(1, min(order, place + 1)):
                     seen = self.after.setdefault(tuple(text[place - length : place]), {})
@@ -307,10 +308,16 @@ def speculate(
     """Yield the new tokens of each pass of `model`: together, a reply as `generate` would draw it.
 
     The draft only changes how many passes it takes. A penalty for repeating would change the
-    distribution from one guess to the next, and is refused with ConfigError.
+    distribution from one guess to the next, and drafts to choose from are several replies: both are
+    refused with ConfigError.
     """
     if sampling.repetition_penalty != 1:
         raise ConfigError("Speculation can't repeat a repetition penalty exactly; set it to 1.")
+    if sampling.side_by_side != 1:
+        raise ConfigError(
+            f"Speculation writes one reply and can't choose among {sampling.drafts} drafts; "
+            "set drafts to 1."
+        )
     if not ids or guesses < 1:
         raise ConfigError(f"{len(ids)} tokens and {guesses} guesses; give at least one of each.")
     text = list(ids)
