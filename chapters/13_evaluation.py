@@ -100,7 +100,7 @@ models: dict[str, GPT] = {}
 infos: dict[str, CheckpointInfo] = {}
 tokenizer = Tokenizer(tokenizer_model())
 for stage in ("rlhf", "sft", "base"):
-    path = find_first(f"runs/book/{stage}", *([] if FAST else [stage]))
+    path = find_first(f"runs/book/{stage}", stage)
     if path is None:
         print(f"{stage}: not here")
         continue
@@ -209,10 +209,11 @@ for flaw, found in sorted(preferred.items(), key=lambda item: -len(item[1]))[:8]
     print(f"  against {flaw:12} {sum(found):3} of {len(found)}")
 
 # %% [markdown]
-# Half would be a coin toss. So the loss is a poor judge of manners and truth, and what it thinks of a
-# flaw depends on the flaw: a rambling, repeating reply is quite *predictable*. A better loss makes a
-# better model of text. Whether it makes a better partner to talk to is another question, and it
-# needs another measurement.
+# Half would be a coin toss. So the loss is a poor judge of flaws that people wrote on purpose, and what
+# it thinks of a flaw depends on the flaw: a rambling, repeating reply is quite *predictable*. (Of a
+# model's *own* replies it is a better judge, as chapter 11 showed: there an unlikely reply is often a
+# slip.) A better loss makes a better model of text. Whether it makes a better partner to talk to is
+# another question, and it needs another measurement.
 #
 # ## Questions that nobody has seen
 #
@@ -409,7 +410,8 @@ for truth, count in itertools.product((0.5, 0.65, 0.95), (10, 50, 300)):
     print(f"{truth:9.0%} {count:6} {line[0]:9.1%} {line[1]:7.1%}")
 
 # %% [markdown]
-# The textbook's interval promises 95 % and often keeps far less. Wilson's stays near its promise.
+# The textbook's interval promises 95 %. It keeps less where the pairs are few, and far less where the
+# rate is near an end. Wilson's stays near its promise.
 #
 # **How many pairs do you need?** It depends on how large the difference is that you want to see. So
 # turn it around: if the true rate is this, how often will the interval leave 50 % behind?
@@ -452,9 +454,9 @@ picture("13_width", draw_width)
 #
 # ### Means, by drawing again
 #
-# A rate is a count of yes and no. But a mean of marks, or bits per byte, has no such formula, since
-# nobody knows how the values are spread. Efron (1979) had a bold idea, the **bootstrap**. Let the
-# sample play the part of the world: draw from it, with repeats, as many values as you had, and take
+# A rate is a count of yes and no. A mean of marks has a formula too, one that trusts large samples, and
+# a ratio such as bits per byte needs more algebra. Efron (1979) had a bold idea that serves all of
+# them, the **bootstrap**. Let the sample play the part of the world: draw from it, with repeats, as many values as you had, and take
 # their mean. Do that two thousand times. The spread of these means is about the spread that your own
 # mean had.
 
@@ -592,9 +594,9 @@ assert optimised[0.5][-1][1] > optimised[0.5][-1][2] + 0.3, "a relative is too k
 # of the error is shared, and the judge overrates too.
 #
 # So a judge must share as little as possible with the teacher. Ours learns from the other half of the
-# prompts, with another seed. Yet it starts from the same chat model and reads the same people's
-# taste, so it is a cousin and not a stranger. Its verdict is better than the teacher's, and
-# worse than yours.
+# prompts, with another seed (`tinychat train all` does the same; by hand it is `--judge --set seed=1`).
+# Yet it starts from the same chat model, with the same surety, and reads the same people's taste, so it
+# is a near cousin and no stranger. Its verdict is better than the teacher's, and worse than yours.
 #
 # A checkpoint knows who taught it (its lineage), so the program can refuse.
 
@@ -613,13 +615,14 @@ def check_judge(judge: CheckpointInfo, models: Iterable[CheckpointInfo]) -> None
         if digest in teachers(model.lineage):
             raise ConfigError(
                 f"{model.path} was trained to please {judge.path}, so that one can't judge it; "
-                "make another with `tinychat train reward --judge`."
+                "make another with `tinychat train reward --judge --run judge`."
             )
     half = judge.lineage.get("half", "unknown")
     if half != "judge":
         raise ConfigError(
             f"{judge.path} is no judge: it learned from the half of the prompts named {half!r}, "
-            "like the models that it would judge; make one with `tinychat train reward --judge`."
+            "like the models that it would judge; "
+            "make one with `tinychat train reward --judge --run judge`."
         )
 
 
@@ -629,7 +632,7 @@ def check_judge(judge: CheckpointInfo, models: Iterable[CheckpointInfo]) -> None
 
 # %%
 JUDGE = Path("runs/book/judge.safetensors")
-known = [] if FAST else [path for path in (find_first("judge"),) if path]
+known = [] if FAST else [path for path in (find_first("judge", "runs/judge/reward"),) if path]
 if known:
     marker, its_tokenizer, judge_info = load_reward(known[0])
     print(f"judge: {known[0]}")
@@ -671,7 +674,7 @@ print(f"it finds the better of two held-out replies in {right.show()} of {sum(si
 # (Pairs of one prompt share their replies, so that the prompts are drawn, and not the pairs.) Mind that
 # last line. If its interval holds 50 %, this judge knows nothing yet, and what follows is
 # practice only. Give it more minutes (`TINYCHAT_MINUTES=10`), or make one with `tinychat train reward
-# --judge`.
+# --judge --run judge --set seed=1`.
 #
 # Even a fair judge blurs. A pair goes to your model when it is better and the judge is right, or when it
 # is worse and the judge is wrong.
@@ -970,8 +973,8 @@ assert lazy_reader(False) > 0.6 and abs(lazy_reader(True) - 0.5) < 0.03
 # The reader is as lazy as before. But now his laziness helps both models alike. What is left of it is
 # noise, and noise is what the interval is for.
 #
-# `tinychat eval rlhf sft --pairs pairs.txt` writes such a page, with the key in another file. You
-# write A, B, tie or bad under each pair, and `tinychat eval --count pairs.txt` counts: your win rate,
+# `tinychat eval ppo sft --judge judge --pairs pairs.txt` writes such a page, with the key in another
+# file. You write A, B, tie or bad under each pair, and `tinychat eval --count pairs.txt` counts: your win rate,
 # how often the judge agrees with you, and in which pairs it doesn't. Read *those* again. There the
 # reward model is wrong, or you are.
 #
@@ -1272,8 +1275,8 @@ assert kappa(0.8, 0.9, 0.9) < 0 < kappa(0.8, 0.5, 0.5) and kappa(1, 0.7, 0.7) ==
 # `tinychat/data/unseen.py`, the questions and their rules from `tinychat/data/probes.py`.
 #
 # ```
-# tinychat eval rlhf sft base --judge judge --out report.json
-# tinychat eval rlhf sft --pairs pairs.txt     # then read, and write your verdicts
+# tinychat eval ppo sft base --judge judge --out report.json
+# tinychat eval ppo sft --judge judge --pairs pairs.txt     # then read, and write your verdicts
 # tinychat eval --count pairs.txt
 # tinychat eval sft --judge judge --reward reward --best-of 64
 # ```

@@ -196,13 +196,14 @@ def check_judge(judge: CheckpointInfo, models: Iterable[CheckpointInfo]) -> None
         if digest in teachers(model.lineage):
             raise ConfigError(
                 f"{model.path} was trained to please {judge.path}, so that one can't judge it; "
-                "make another with `tinychat train reward --judge`."
+                "make another with `tinychat train reward --judge --run judge`."
             )
     half = judge.lineage.get("half", "unknown")
     if half != "judge":
         raise ConfigError(
             f"{judge.path} is no judge: it learned from the half of the prompts named {half!r}, "
-            "like the models that it would judge; make one with `tinychat train reward --judge`."
+            "like the models that it would judge; "
+            "make one with `tinychat train reward --judge --run judge`."
         )
 
 

@@ -180,8 +180,8 @@ app.command(epilog=EXAMPLES)(duel)
 
 app.command(
     "eval",
-    epilog="Examples:\n\ntinychat eval rlhf sft base --judge judge --out report.json\n\n"
-    "tinychat eval rlhf sft --pairs pairs.txt\n\ntinychat eval --count pairs.txt",
+    epilog="Examples:\n\ntinychat eval ppo sft base --judge judge --out report.json\n\n"
+    "tinychat eval ppo sft --judge judge --pairs pairs.txt\n\ntinychat eval --count pairs.txt",
 )(evaluate)
 
 

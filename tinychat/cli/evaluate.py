@@ -127,7 +127,7 @@ def evaluate(
         count_verdicts(count)
         return
     if not models:
-        raise ConfigError("There is no model to measure; name one, as in tinychat eval rlhf sft.")
+        raise ConfigError("There is no model to measure; name one, as in tinychat eval ppo sft.")
     if (best_of is None) != (reward is None):
         raise ConfigError("--best-of and --reward go together: how many replies, and who chooses.")
     if best_of is not None and best_of < 2:
