@@ -50,7 +50,8 @@ for stage, (_, _, about) in found.items():
 # ## Talk to it
 #
 # Here is the finished chatbot. It gets a question that you could ask anyone, and it answers. (In a
-# terminal, `tinychat chat` lets you do this for as long as you like.)
+# terminal, `tinychat chat` lets you do this for as long as you like. There it is more careful: it
+# writes each sentence eight times and says the one that it is surest of. Here it says the first.)
 
 # %%
 chatbot, tokenizer, about_chatbot = next(
@@ -88,7 +89,8 @@ for question in ("hi", "what is your name?", "tell me something about the moon")
 # called *tokens*: short words, or parts of longer ones.
 #
 # What comes after "The cat jumped over the"? You would bet on *fence* or *wall*, hardly on *cheese*,
-# and never on *of*. Ask the base model, the one that only read and was never taught to chat.
+# and never on *of*. Ask the base model. It has only read, some conversations among the
+# rest, and was never taught to take part in one.
 
 # %%
 base = found["base"][0] if "base" in found else chatbot
@@ -173,9 +175,10 @@ assert len({"".join(stream(base, tokenizer, start, how)) for how in wild}) > 1
 # %% [markdown]
 # ## Autocomplete isn't an assistant yet
 #
-# The base model goes on with *text*. Ask it a question and it may well go on with more questions,
-# because that is what often follows a question on a page. To make an assistant of it takes two more
-# steps, and each leaves a checkpoint, a file with all weights at that time:
+# The base model goes on with *text*. Give it a question in quotation marks, as it met them in stories,
+# and the story goes on: somebody asked it, somebody else says something, and nobody answers *you*. To
+# make an assistant of it takes two more steps, and each leaves a checkpoint, a file with all weights at
+# that time:
 #
 # 1. **base**: read a lot and guess the next token. The result knows words, grammar, and some facts.
 # 2. **sft** (supervised fine-tuning): show it many good conversations. The result answers instead of
@@ -190,10 +193,11 @@ QUESTION = "what do bees make?"
 for stage, (model, _, _) in found.items():
     if stage == "base":
         how = Sampling(temperature=0.7, top_p=0.9, max_tokens=30 if FAST else 60, seed=0)
-        start = [tokenizer.bos_id, *tokenizer.encode(QUESTION[0].upper() + QUESTION[1:])]
-        answer = "".join(stream(model, tokenizer, start, how))
+        start = [tokenizer.bos_id, *tokenizer.encode(f'"{QUESTION.capitalize()}"')]
+        answer = "... " + "".join(stream(model, tokenizer, start, how))
     else:
         answer = ask(model, QUESTION)
+    assert answer.strip(". \n"), "it said nothing"
     quote(stage, " ".join(answer.split()))
     print()
 
@@ -294,7 +298,8 @@ assert abs(share - float(best[0])) < 0.05
 # **Why do two people get different answers?** Because tokens are drawn with dice. With the same seed,
 # or at temperature zero, they get the same one.
 #
-# **What does the base model lack?** The habit of answering. It only learned how texts go on.
+# **What does the base model lack?** The habit of answering. It learned how texts go on, and
+# conversations were a part of them.
 #
 # ## What we left out
 #
