@@ -169,9 +169,9 @@ assert not keys["validation"] & keys["test"]
 # %% [markdown]
 # ## From comparisons to a number
 #
-# Chess players only ever win or lose against each other, and still each has a number. Bradley and
-# Terry (1952) had the idea, long before the chess federation: give everybody a number so that the
-# *difference* of two numbers tells who wins how often. With a difference of 0 it's a coin toss.
+# Chess players are only ever compared with each other, and still each has a number. Bradley and Terry
+# (1952) had the idea (and Zermelo in 1929, for chess itself), long before the chess federation: give
+# everybody a number so that the *difference* of two numbers tells who wins how often. With a difference of 0 it's a coin toss.
 #
 # $$P(a \text{ beats } b) = \frac{1}{1 + e^{-(s_a - s_b)}}$$
 #
@@ -269,17 +269,20 @@ class RewardModel(nn.Module):
         h_BD = h_BTD[torch.arange(B, device=h_BTD.device), last_B].float()
         with torch.autocast(h_BD.device.type, enabled=False):  # marks are compared finely
             raw_B = self.head(h_BD)[:, 0] + self.word_marks(ids_BT, last_B)
-        if self.surety:
-            raw_B = raw_B + self.surety * self.reply_logprobs(h_BTD, ids_BT, last_B)
+            if self.surety:
+                raw_B = raw_B + self.surety * self.reply_logprobs(h_BTD.float(), ids_BT, last_B)
         raw_B = raw_B - self.length_slope * self.log_lengths(ids_BT, last_B)
         return (raw_B - self.mean) / self.deviation
 
     def in_reply(self, ids_BT: Tensor, last_B: Tensor) -> Tensor:
-        """Return True on the reply's tokens, `[B, T]`: behind the last opener, up to `last_B`."""
+        """Return True on the reply's tokens, `[B, T]`: behind the last opener, up to `last_B`.
+
+        An opener at `last_B` itself opens nothing: it is a slip of whoever wrote this reply.
+        """
         places_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        so_far_BT = places_T <= last_B[:, None]
-        opener_B = ((ids_BT == self.opener) & so_far_BT).mul(places_T).amax(dim=1)
-        return so_far_BT & (places_T > opener_B[:, None])
+        before_BT = places_T < last_B[:, None]
+        opener_B = ((ids_BT == self.opener) & before_BT).mul(places_T).amax(dim=1)
+        return (places_T <= last_B[:, None]) & (places_T > opener_B[:, None])
 
     def reply_logprobs(self, h_BTD: Tensor, ids_BT: Tensor, last_B: Tensor) -> Tensor:
         """Return the mean log-prob of each reply's tokens, `[B]`, by the model's own GPT.
@@ -914,7 +917,8 @@ def fit_reward(
 #
 # Is the remedy worth it? Train twice, on the same few prompts with many replies each (the written
 # one, the corpus's worse ones, and the samples). Once each pair is an example of its own, with all
-# pairs shuffled. Once all pairs of a prompt go together. Both see every pair the same number of times.
+# pairs shuffled. Once all pairs of a prompt go together. Both see every pair the same number of times, in
+# about as many steps.
 
 # %%
 by_id: dict[str, list[Ranked]] = defaultdict(list)
@@ -983,7 +987,8 @@ replies_of_few = sum(len(group.tokens) for group in few)
 print(
     f"{len(few)} prompts, {replies_of_few} replies, {len(pairs_of_few)} pairs; {len(unseen)} unseen"
 )
-runs = {"shuffled pairs": watched(pairs_of_few, 16), "whole prompts": watched(few, 4)}
+alike = round(4 * len(pairs_of_few) / len(few))  # pairs a step, for as many steps as 4 prompts make
+runs = {"shuffled pairs": watched(pairs_of_few, alike), "whole prompts": watched(few, 4)}
 cost = {"shuffled pairs": 2 * len(pairs_of_few), "whole prompts": replies_of_few}
 print("                 epoch  replies read  loss on read  on unseen  gap")
 for name, table in runs.items():
@@ -1167,13 +1172,14 @@ marks_of["mean of the marks"] = [
 ]
 for name, its_marks in marks_of.items():
     print(f"{name:20} {accuracy(judge(fewer, its_marks)):6.1%} of held-out pairs right")
-means = [torch.tensor(sum(marks_of[f"mean of the {what}"], [])) for what in ("weights", "marks")]
-print(f"the two means agree: correlation {float(torch.corrcoef(torch.stack(means))[0, 1]):.3f}")
+for a, b in (("one", "the other"), ("mean of the weights", "mean of the marks")):
+    together = torch.stack([torch.tensor(sum(marks_of[name], [])) for name in (a, b)])
+    print(f"{a} and {b}: correlation {float(torch.corrcoef(together)[0, 1]):.3f}")
 
 # %% [markdown]
-# A few seconds teach such networks next to nothing, so don't read much into the upper lines. The last
-# one is the surprise: one network with averaged weights says nearly what the two say on
-# average. `tinychat train reward --average FILE` does this with an earlier reward model, so that a
+# A few seconds teach such networks next to nothing, so don't read much into the upper lines. Compare the
+# last two: one network with averaged weights says nearly what the two say on average, more nearly than
+# the two agree with each other. `tinychat train reward --average FILE` does this with an earlier reward model, so that a
 # new round of training doesn't forget what the last one knew.
 #
 # It pays most where the two have learned different things. One of our reward models had read eight thousand
@@ -1511,8 +1517,9 @@ for name, its_marks in found.items():
 # Only differences were learned, so the marks of a fresh model may lie anywhere, and their spread
 # depends on how long you trained. Chapter 12 wants numbers that mean the same every time. `normalize`,
 # which you have just used, sets both: over good replies that were not trained on, the marks get mean
-# 0 and deviation 1. A reply with 0 is then as good as an average good one. All that happens to the raw
-# number of the head, in one line:
+# 0 and deviation 1. A reply with 0 then has the mark of an average good one. (That is no verdict on
+# replies of other kinds: with `surety` in the mark, a model's own fluent nonsense can have more, since
+# people don't write what it expects.) All that happens to the raw number of the head, in one line:
 #
 # $$\text{mark} = \frac{\text{raw} - \text{slope} \cdot \ln(1 + \text{tokens}) - \text{mean}}{\text{deviation}}$$
 
@@ -1801,7 +1808,8 @@ assert abs(p * p + (1 - p) ** 2 - 0.75) < 1e-9 and majority > p
 #   Bradley-Terry loss on the chat model itself. It is simpler, and there is no mark to look at. An
 #   exercise of chapter 12 builds it.
 # - **People.** Hired ones, many, with guidelines and checks. Even Ouyang's labelers agreed with each
-#   other in only about three of four pairs, which is a ceiling for any model of them.
+#   other in only about three of four pairs. That bounds how good a model can be *measured* to be
+#   (exercise 3 says where).
 #
 # ## Where this is in the package
 #

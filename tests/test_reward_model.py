@@ -176,6 +176,9 @@ def test_log_lengths_by_hand():
     # An earlier reply doesn't count: the last opener does.
     talk = torch.tensor([[2, 5, 9, 3, 6, 8, 8, 8, 3, 5, 9, 3, 6, 8, 3]])
     assert stirred().log_lengths(talk, torch.tensor([14])).item() == pytest.approx(math.log(3))
+    # One that a policy writes in place of its end opens nothing: that reply isn't empty.
+    slip = torch.tensor([[2, 5, 9, 3, 6, 8, 6]])
+    assert stirred().in_reply(slip, torch.tensor([6])).tolist() == [[False] * 5 + [True] * 2]
 
 
 def test_an_empty_text_is_refused():
@@ -622,6 +625,9 @@ def test_the_judge_learns_from_other_prompts(here):
     assert refused.exit_code == 2
     assert "the half of the prompts named 'judge'" in " ".join(refused.stderr.split())
     assert not Path("runs/reward").exists()
+    other = ["--average", "runs/one/reward.safetensors", "--set", "surety=0"]
+    refused = run("--from", "start", *other, *QUICK)
+    assert refused.exit_code == 2 and "add --set surety=2" in " ".join(refused.stderr.split())
     more = ["--average", "runs/one/reward.safetensors", "--set", "seed=1", "--run", "mean"]
     result = run("--from", "start", "--samples", "0", *more, *QUICK)
     assert result.exit_code == 0, result.output

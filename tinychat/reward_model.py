@@ -91,17 +91,20 @@ class RewardModel(nn.Module):
         h_BD = h_BTD[torch.arange(B, device=h_BTD.device), last_B].float()
         with torch.autocast(h_BD.device.type, enabled=False):  # marks are compared finely
             raw_B = self.head(h_BD)[:, 0] + self.word_marks(ids_BT, last_B)
-        if self.surety:
-            raw_B = raw_B + self.surety * self.reply_logprobs(h_BTD, ids_BT, last_B)
+            if self.surety:
+                raw_B = raw_B + self.surety * self.reply_logprobs(h_BTD.float(), ids_BT, last_B)
         raw_B = raw_B - self.length_slope * self.log_lengths(ids_BT, last_B)
         return (raw_B - self.mean) / self.deviation
 
     def in_reply(self, ids_BT: Tensor, last_B: Tensor) -> Tensor:
-        """Return True on the reply's tokens, `[B, T]`: behind the last opener, up to `last_B`."""
+        """Return True on the reply's tokens, `[B, T]`: behind the last opener, up to `last_B`.
+
+        An opener at `last_B` itself opens nothing: it is a slip of whoever wrote this reply.
+        """
         places_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        so_far_BT = places_T <= last_B[:, None]
-        opener_B = ((ids_BT == self.opener) & so_far_BT).mul(places_T).amax(dim=1)
-        return so_far_BT & (places_T > opener_B[:, None])
+        before_BT = places_T < last_B[:, None]
+        opener_B = ((ids_BT == self.opener) & before_BT).mul(places_T).amax(dim=1)
+        return (places_T <= last_B[:, None]) & (places_T > opener_B[:, None])
 
     def reply_logprobs(self, h_BTD: Tensor, ids_BT: Tensor, last_B: Tensor) -> Tensor:
         """Return the mean log-prob of each reply's tokens, `[B]`, by the model's own GPT.

@@ -187,7 +187,7 @@ def reward(
     set_threads()
     gpt, pieces, info = load_model(record["reward_of"])
     check_sequence(config.sequence, gpt.config.context)
-    twins = [load_twin(name, record) for name in record.get("average", [])]
+    twins = [load_twin(name, record, config.surety) for name in record.get("average", [])]
     public = data_folder(data)
     samplers = [gpt]
     if record["sampler"]:
@@ -312,8 +312,11 @@ def reward(
         print_next(run, f"Next: tinychat train ppo --from {record['reward_of']} --reward {path}")
 
 
-def load_twin(name: str, record: dict[str, Any]) -> RewardModel:
-    """A reward model to average with; ConfigError unless it began and learned as this one does."""
+def load_twin(name: str, record: dict[str, Any], surety: float) -> RewardModel:
+    """A reward model to average with.
+
+    ConfigError unless it began with the same chat model and surety, and learned from the same half.
+    """
     from tinychat.reward_model import load_reward
 
     twin, _, info = load_reward(name)
@@ -327,6 +330,12 @@ def load_twin(name: str, record: dict[str, Any]) -> RewardModel:
         raise ConfigError(
             f"{name} learned from the half of the prompts named {info.lineage.get('half')!r}, "
             f"and this one must only know {half!r}; average it with one of its own half."
+        )
+    its = float(twin.surety)
+    if abs(its - surety) > 1e-6:
+        raise ConfigError(
+            f"{name} was trained with surety {its:g}, and this one would be with {surety:g}; "
+            f"add --set surety={its:g}."
         )
     return twin
 
