@@ -37,6 +37,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -48,7 +49,15 @@ from torch import Tensor, nn
 
 from tinychat.generation import draw_tokens, drop_stopped, make_generator
 from tinychat.gpt import GPT
-from tinychat.pretraining import Budget, pack_state, schedule, unpack_state
+from tinychat.pretraining import (
+    Budget,
+    average,
+    largest,
+    pack_state,
+    processes,
+    schedule,
+    unpack_state,
+)
 from tinychat.runtime.device import has_compiler
 from tinychat.runtime.errors import ConfigError, DataError, TinychatError
 from tinychat.runtime.metrics import MetricsWriter
@@ -467,13 +476,14 @@ for baseline in (False, True):
 # %% [markdown]
 # ## A baseline against the noise
 #
-# In the first line, all depends on whether a mark is above zero. At first nearly none is, since a reply
-# without an end loses half a mark, and nearly all replies are pushed down; later all are pushed *up*,
+# In the first line, all depends on whether a mark is above zero. At first hardly any is, since a reply
+# without an end loses half a mark, and three in four replies are pushed down; later all are pushed *up*,
 # poor ones too. Only the differences between them teach anything. The second line subtracts the mean
 # mark. Now the better half goes up and the worse half goes down.
 #
 # The last column compares eight gradients of one and the same model: 1 would mean that all point
-# the same way. The baseline is allowed because it doesn't depend on the reply. Put a constant $b$ in
+# the same way, and pure noise has $1 / \sqrt 8 = 0.35$. The baseline is allowed because it doesn't
+# depend on the reply (a batch's mean does a little; exercise 2 mends that). Put a constant $b$ in
 # the place of $r(y)$ in the formula: the left side is the slope of $b$ times the sum of all
 # probabilities. That sum is always 1, so its slope is zero. On average nothing changes but the noise.
 #
@@ -588,8 +598,9 @@ class ActorCritic(nn.Module):
 
 # %% [markdown]
 # `expect` matters at the start. A fresh value head would say zero. If the mean score is two, then
-# every reply looks like a wonderful surprise, and everything is pushed up at once. So the head
-# starts at the mean score of a first look.
+# every reply looks like a wonderful surprise, and most so at its end, where the mark arrives. Whitening
+# (step 7) takes away what all tokens have in common, but not that late tokens look better than early
+# ones. So the head starts at the mean score of a first look.
 #
 # ### Step 5: the reward of a token
 #
@@ -615,7 +626,7 @@ def kl_terms(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Schulman's k3 estimate of the KL to the reference, a term a token: never below 0.
 
     exp(d) - 1 - d with d = log reference - log policy (Schulman 2020). Its mean is the same as that
-    of -d (k1), with far less noise.
+    of -d (k1); near the reference, with far less noise.
     """
     d = ref_logprobs - logprobs
     return torch.expm1(d) - d
@@ -692,6 +703,9 @@ assert minus_siblings(torch.tensor([3.0, 0.0, 3.0, 5.0, 5.0, 5.0]), 3).tolist() 
 #
 # We take $\lambda = 0.95$, so mostly what was seen. The **discount** $\gamma$ makes later rewards worth
 # less, for endless games. A reply is short, and its end counts as much as its beginning: $\gamma = 1$.
+# (Below 1, lambda helps only if the value head knows something. Beside one that expects the same
+# everywhere, it just takes blame and praise away from the first tokens: of thirty, the first gets
+# $0.95^{29}$, a quarter. The report's `explained_variance` tells; where it is about 0, take 1.)
 # The sum looks long, but from the last token backwards each $A_t$ needs only the one after it.
 
 
@@ -733,10 +747,17 @@ assert by_hand_BT.tolist() == [[0.0, 2.5, 3.0]] and returns_BT.tolist() == [[0.0
 
 # %% tags=["export"]
 def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Shift and scale the entries under the mask to mean 0 and deviation 1; the others become 0."""
+    """Shift and scale the entries under the mask to mean 0 and deviation 1; the others become 0.
+
+    Mean and deviation are those of all processes' entries, where several train together.
+    """
     x_N = x_BT[mask_BT]
-    scaled_BT = (x_BT - x_N.mean()) / (x_N.std(correction=0) + 1e-8)
-    return scaled_BT * mask_BT
+    count, total = mask_BT.sum().float(), x_N.sum()
+    average((count, total))
+    mean = total / count
+    squares = ((x_N - mean) ** 2).sum()
+    average((squares,))
+    return (x_BT - mean) / ((squares / count).sqrt() + 1e-8) * mask_BT
 
 
 # %% [markdown]
@@ -805,8 +826,8 @@ for kl in (0.5, 3.0, 12.0, 30.0, 6.0):
 class Rollout:
     """The episodes of one step. Entry t of every `_BT` tensor speaks of token t of the row.
 
-    A row is a prompt, filled up on the left, and its reply, filled up on the right. What isn't
-    under the mask is zero.
+    A row is a prompt, filled up on the left, and its reply, filled up on the right. Numbers of
+    tokens that aren't under the mask are zero.
     """
 
     tokens_BT: Tensor
@@ -936,8 +957,9 @@ def update(
     for epoch in range(config.epochs):
         # 8. a few epochs over minibatches in random order
         groups = torch.arange(len(rollout.replies)).split(config.minibatch)
-        order = torch.randperm(len(groups), generator=generator, device=generator.device)
-        for rows_b in (groups[n] for n in order.tolist()):
+        order = torch.randperm(len(groups), generator=generator, device=generator.device).double()
+        average((order,))  # one order for all processes: long rows at a time, then short ones
+        for rows_b in (groups[n] for n in order.argsort(stable=True).tolist()):
             mask_bT = rollout.mask_BT[rows_b]
             old_N, old_values_N, advantages_N, returns_N = (
                 tensor_BT[rows_b][mask_bT]
@@ -953,6 +975,7 @@ def update(
             of_values = value_loss(values_N, old_values_N, returns_N, config.value_clip)
             # The two share no weight: their sum needs no coefficient, and each is clipped alone.
             (of_policy + of_values).backward()
+            average(p.grad for p in policy.parameters() if p.grad is not None)
             norm, value_norm = (
                 nn.utils.clip_grad_norm_(part.parameters(), config.grad_clip).item()
                 for part in (policy.gpt, policy.value)
@@ -977,7 +1000,8 @@ def update(
                     }
                 )
         epochs = epoch + 1
-        if seen[-1]["old_kl"] > config.kl_stop:
+        # All processes stop together, when one must.
+        if largest(seen[-1]["old_kl"], policy.gpt.device) > config.kl_stop:
             break
     last_ratio = max(row["ratio_max"] for row in seen)
     means = {key: sum(row[key] for row in seen) / len(seen) for key in seen[0]}
@@ -1042,6 +1066,10 @@ def summary(rollout: Rollout) -> dict[str, float]:
 # from the seed and the step's number. So a resumed run throws the same dice, and no generator has to
 # be saved.
 #
+# `processes`, `average` and `largest` are chapter 7's: several processes can share a run. Each has
+# episodes of its own. Advantages are whitened over all of them, and gradients, KL and beta are the
+# mean's, so the policies stay one. Alone, a process is the mean, and nothing changes.
+#
 # The optimizer is AdamW alone. Muon, which trained our base, makes all directions of a step equally
 # strong. With the noisy gradients of PPO, it would amplify the noise. AdamW has the same weakness in
 # small: it divides by the size of past gradients, so a weight that hardly ever gets one takes a large
@@ -1049,6 +1077,13 @@ def summary(rollout: Rollout) -> dict[str, float]:
 
 
 # %% tags=["export"]
+def averaged(figures: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Return each figure's mean over all processes, which beta and the report then go by."""
+    values_F = torch.tensor(list(figures.values()), dtype=torch.float64, device=device)
+    average((values_F,))
+    return dict(zip(figures, values_F.tolist(), strict=True))
+
+
 class PPOProgress(NamedTuple):
     """Where a run stands after a step, and what the step was like."""
 
@@ -1112,10 +1147,14 @@ def train_ppo(
     steps as `config.steps` or fit into `minutes`. The `judge` only looks on: its mean mark of each
     step stands in the metrics, and where it falls while the score climbs, the policy has found a
     hole in the reward (Gao et al. 2023). A run killed at any moment and called again with
-    `resume=True` goes on from its last saved state, to the same numbers. Raises ConfigError when
-    `folder` holds another run, DataError without prompts.
+    `resume=True` goes on from its last saved state, to the same numbers. Under torchrun each
+    process has `config.episodes` episodes of its own, of prompts of its own, and all take the mean
+    of their gradients. Raises ConfigError when `folder` holds another run, DataError without
+    prompts.
     """
     folder = Path(folder)
+    rank, world = processes()
+    device = policy.gpt.device
     if not prompts:
         raise DataError("There is no prompt to answer; give at least one.")
     saved = load_state(folder)
@@ -1143,10 +1182,10 @@ def train_ppo(
         return time.monotonic() - started
 
     def prompts_at(step: int) -> list[list[int]]:
-        count = config.episodes // config.samples
+        count = config.episodes // config.samples * world
         numbers = prompts_of_step(len(prompts), count, step, config.seed)
         # Neighbours share a minibatch: of similar length, they need little filling.
-        asked = sorted((prompts[n] for n in numbers), key=len)
+        asked = sorted((prompts[n] for n in numbers), key=len)[rank::world]
         return [prompt for prompt in asked for _ in range(config.samples)]
 
     def rollout_of(step: int, generator: torch.Generator) -> Rollout:
@@ -1156,6 +1195,8 @@ def train_ppo(
         )  # fmt: skip
 
     def save() -> None:
+        if rank:
+            return
         scalars: dict[str, Any] = {"step": step, "steps": budget.steps, "seconds": before + spent()}
         scalars |= {
             "beta": controller.beta,
@@ -1167,17 +1208,22 @@ def train_ppo(
 
     policy.train()
     recent: deque[float] = deque(maxlen=20)
-    with MetricsWriter(folder / "metrics.jsonl", resume_step=step) as writer:
+    log = MetricsWriter(folder / "metrics.jsonl", resume_step=step) if rank == 0 else nullcontext()
+    with log as writer:
         if step == 0:
             # The value head starts at the mean of what a reply pays, so that the first advantages
             # aren't all of one sign.
-            look = rollout_of(0, make_generator(config.seed, policy.gpt.device))
-            policy.expect(float(look.rewards_BT.sum(1).mean()))
+            look = rollout_of(0, make_generator(config.seed + rank, device))
+            paid = look.rewards_BT.sum(1).mean()
+            average((paid,))
+            policy.expect(float(paid))
+            with torch.no_grad():
+                average(policy.parameters())  # the value heads began at random
         stopped = False
         while step < budget.steps and not stopped:
             step_started = time.monotonic()
             # Dice of their own for each step: a resumed run throws the same ones.
-            generator = make_generator(config.seed + 1_000_003 * (step + 1), policy.gpt.device)
+            generator = make_generator(config.seed + 1_000_003 * (step + 1) + rank, device)
             factor = min(1.0, (step + 1) / 20)
             if budget.known:
                 factor = schedule(step, budget.steps, config.warmup, config.decay)
@@ -1188,22 +1234,24 @@ def train_ppo(
             metrics = summary(rollout) | learned | {"beta": controller.beta, "lr": factor}
             if judge is not None:
                 metrics["judge"] = float(judge(prompts_at(step), rollout.replies).mean())
+            metrics = averaged(metrics, device)
             # 9. steer beta
             controller.update(metrics["kl"])
             step += 1
-            tokens += int(rollout.mask_BT.sum())
+            tokens += round(metrics["length"] * config.episodes * world)
             # 10. report
             seconds = time.monotonic() - step_started
-            writer.write({"step": step} | metrics | {"seconds": seconds})
+            if writer is not None:
+                writer.write({"step": step} | metrics | {"seconds": seconds})
             settled = budget.known and step - first_step > 2
             recent.append(seconds)
             left = (budget.steps - step) * float(np.median(recent)) if settled else math.nan
             on_step(PPOProgress(step, budget.steps, tokens, before + spent(), left, metrics))
-            stopped = should_stop()
+            stopped = largest(should_stop(), device) > 0
             if not budget.known:
-                budget.times.append(seconds)
+                budget.times.append(largest(seconds, device))
                 if stopped or len(budget.times) == budget.TRIAL:
-                    budget.settle(step, spent())
+                    budget.settle(step, largest(spent(), device))
             if budget.known and time.monotonic() - last_save > config.save_minutes * 60:
                 save()
                 last_save = time.monotonic()
@@ -1507,7 +1555,7 @@ for beta, curve_of in hacked.items():
 # mark is how likely each token is, and nothing is as likely as a **stock phrase**. Held near its
 # start (0.4 nats a reply), a policy that was paid so said things that readers liked a little better. Let
 # loose (4 nats), it was sorry about everything: a broken thing ("I'm sorry about that break. What
-# happened?"), a frozen pipe, a lone full stop. 115 of 300 people who wrote to it were comforted, 52 before.
+# happened?"), a frozen pipe, a lone full stop. 115 of its 300 replies began with "I'm sorry" or "I'm so", 52 before.
 # Its mark had risen from 0.9 to 1.6, the share of good replies not at all (lab notes, 2026-11-23). Two
 # numbers of the report had known: the KL, and distinct-2, down by an eighth.
 #
@@ -1573,8 +1621,8 @@ picture("12_hack", draw_hack)
 # ## Your own chatbot
 #
 # Now the real thing, at your size. You need two files that you made yourself: the fine-tuned model of
-# chapter 10 and the reward model of chapter 11. If they aren't in `runs/book/`, the shipped ones are
-# taken. The prompts are questions of the training part of our conversations.
+# chapter 10 and the reward model of chapter 11. If they aren't in `runs/book/`, shipped ones are taken,
+# where there are any. The prompts are questions of the training part of our conversations.
 
 # %%
 from tinychat.data.corpus import dialogues
@@ -1625,21 +1673,26 @@ if sft_path and reward_path:
             policy, sft, asked["train"], by_judge, config, folder, stop=stop_ids(tokenizer),
             end=tokenizer.end_id, pad=tokenizer.pad_id, minutes=minutes,
         )  # fmt: skip
-    after, after_report = answer_all(policy.gpt, tokenizer, unseen, by_judge, config)
-    print(f"{done.step} steps of {config.episodes} replies; on {len(unseen)} unseen questions:")
-    for key in ("score", "kl", "length", "ended", "distinct_2", "repetition"):
-        print(f"  {key:>10}: {before_report[key]:6.2f} before, {after_report[key]:6.2f} after")
-    for prompt, old, new in list(zip(unseen, before.replies, after.replies, strict=True))[:3]:
-        question = tokenizer.decode(prompt).strip()
-        print(f"> {question}\n  sft:  {tokenizer.decode(old)}\n  rlhf: {tokenizer.decode(new)}")
+    # Stored weights are rounded to 127 steps of each row's largest. PPO moves most of them by less than
+    # half such a step, and on the grid that they came from they would all be rounded back: so another
+    # grid, and what is measured is what was stored.
     saved = save_model(
         "runs/book/rlhf.safetensors",
         policy.gpt,
         stage="rlhf",
         tokenizer=tokenizer,
         lineage={"parent": str(sft_path), "reward": str(reward_path), "steps": done.step},
-        metrics={"before": before_report, "after": after_report},
+        metrics={"before": before_report},
+        levels=120,
     )
+    stored, _, _ = load_model(saved.path)
+    after, after_report = answer_all(stored, tokenizer, unseen, by_judge, config)
+    print(f"{done.step} steps of {config.episodes} replies; on {len(unseen)} unseen questions:")
+    for key in ("score", "kl", "length", "ended", "distinct_2", "repetition"):
+        print(f"  {key:>10}: {before_report[key]:6.2f} before, {after_report[key]:6.2f} after")
+    for prompt, old, new in list(zip(unseen, before.replies, after.replies, strict=True))[:3]:
+        question = tokenizer.decode(prompt).strip()
+        print(f"> {question}\n  sft:  {tokenizer.decode(old)}\n  rlhf: {tokenizer.decode(new)}")
     print(f"{saved.path}: {saved.bytes / 1e6:.1f} MB. Talk to it:")
     print("tinychat chat --ckpt runs/book/rlhf.safetensors")
 else:

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +20,11 @@ from tinychat import ppo
 from tinychat.cli.app import app
 from tinychat.cli.conditions import (
     asked,
+    beginnings,
     with_facts,
     with_fit,
     with_rules,
+    with_stock,
     with_sure,
     written_replies,
 )
@@ -554,6 +559,71 @@ def test_a_judge_only_looks_on(tmp_path):
     assert "judge" not in rows_without_time(tmp_path / "alone")[0]
 
 
+SHARED = """
+import sys, torch.distributed as dist
+from pathlib import Path
+from test_ppo import shared
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+shared(folder, processes=2)
+dist.destroy_process_group()
+"""
+
+
+def shared(folder: Path, processes: int) -> ActorCritic:
+    """A run whose replies depend on nothing but policy and prompt; it leaves its weights."""
+
+    def one_by_one(policy, prompts, config, *, generator, **tokens):
+        alone = [
+            sample_replies(policy, [p], config, **tokens, generator=dice(100 * sum(p) + len(p)))
+            for p in prompts
+        ]
+        return [row for rows, _ in alone for row in rows], [
+            row for _, rows in alone for row in rows
+        ]
+
+    torch.set_num_threads(1)
+    policy = ActorCritic(tiny())
+    config = replace(RUN, episodes=8 // processes, minibatch=4 // processes, beta=0.1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ppo, "sample_replies", one_by_one)
+        done = train_ppo(
+            policy, tiny(7), PROMPTS[:20], wanted, config, folder, stop=(), end=-1, pad=PAD
+        )  # fmt: skip
+    name = f"{done.step} steps, {done.tokens} tokens, {os.getpid()}.weights"
+    torch.save(dict(policy.state_dict()), folder / name)
+    return policy
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_the_episodes_are_one_with_all(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one = dict(shared(tmp_path / "one", processes=1).state_dict())
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARED, str(rank), str(tmp_path / "two")],
+            cwd=Path(__file__).parent,
+        )
+        for rank in range(2)
+    ]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    alone, *_ = (tmp_path / "one").glob("*.weights")
+    both = list((tmp_path / "two").glob("*.weights"))
+    assert len(both) == 2
+    for path in both:
+        assert path.name.rpartition(", ")[0] == alone.name.rpartition(", ")[0]
+        torch.testing.assert_close(torch.load(path, weights_only=True), one, atol=2e-5, rtol=0)
+    before = dict(ActorCritic(tiny()).state_dict())
+    moved = max(float((one[name] - before[name]).abs().max()) for name in one)
+    assert moved > 100 * 2e-5, "it learned something that could have differed"
+    rows = [rows_without_time(tmp_path / name) for name in ("one", "two")]
+    for key in ("score", "kl", "beta", "policy_loss", "value_loss", "norm", "entropy"):
+        first, second = ([row[key] for row in found] for found in rows)
+        assert first == pytest.approx(second, abs=1e-4), key
+
+
 def test_a_used_folder_is_refused(tmp_path):
     run(tmp_path)
     with pytest.raises(ConfigError, match="already holds a run; add --resume"):
@@ -702,6 +772,32 @@ def test_the_command_from_sft_and_reward_to_rlhf(here):
     assert (record["set"], record["minutes"]) == (QUICK[1:4:2] + QUICK[7::2], 0.001)
 
 
+@pytest.mark.slow
+def test_the_command_shared_by_two_processes(here):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--"]
+    files = ["--from", "sft.safetensors", "--reward", "reward.safetensors"]
+    done = subprocess.run(
+        [*torchrun, "tinychat", "train", "ppo", *files, *QUICK],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Talk to it") == 1
+    info = read_info("runs/ppo/rlhf.safetensors")
+    assert (info.lineage["processes"], info.lineage["settings"]["episodes"]) == (2, 4)
+    record = json.loads(Path("runs/ppo/run.json").read_text())
+    assert (record["processes"], record["rows"]) == (2, 8)
+    # One process alone goes on only with as many episodes a step.
+    refused = command("--resume", "--set", "steps=3")
+    assert refused.exit_code == 2 and "these are 1 with 4; add --set episodes=8" in " ".join(
+        refused.stderr.replace("│", " ").split()
+    )
+    went_on = command("--resume", "--set", "steps=3", "--set", "episodes=8")
+    assert went_on.exit_code == 0, went_on.output
+    assert read_info("runs/ppo/rlhf.safetensors").lineage["steps"] == 3
+
+
 def test_a_judge_looks_on_and_is_no_teacher(here):
     files = ["--from", "sft.safetensors", "--reward", "reward.safetensors"]
     result = command(*files, *QUICK, "--judge", "judge.safetensors")
@@ -732,6 +828,7 @@ def test_a_judge_looks_on_and_is_no_teacher(here):
         (["--minutes", "1", "--facts", "-1"], "--facts is -1"),
         (["--minutes", "1", "--sure", "inf"], "--sure is inf"),
         (["--minutes", "1", "--marks", "-2"], "--marks is -2"),
+        (["--minutes", "1", "--stock", "-1"], "--stock is -1"),
         ([], "How long? Give a budget"),
         (["--minutes", "1", "--set", "max_tokens=400"], "No prompt is short enough"),
         (["--minutes", "1", "--reward", "sft.safetensors"], "gives no marks"),
@@ -799,7 +896,7 @@ def test_a_reply_that_breaks_a_rule_loses_once(here):
     ]
     rewards = with_rules(lambda prompts, replies: torch.arange(6.0), pieces, 1.5)
     lost_N = torch.arange(6.0) - rewards([prompt] * 6, replies)
-    assert lost_N.tolist() == [0.0, 1.5, 1.5, 1.5, 1.5, 1.5]
+    assert lost_N.tolist() == [0.0, 1.5, 0.0, 1.5, 1.5, 1.5], "no end has a price of its own"
 
 
 def test_what_the_chat_model_holds_for_likelier_earns(here):
@@ -816,6 +913,33 @@ def test_what_the_chat_model_holds_for_likelier_earns(here):
         places = range(len(prompts[n]) - 1, len(prompts[n]) + len(replies[n]) - 1)
         by_hand = [float(scores_TV[t, id]) for t, id in zip(places, replies[n], strict=True)]
         assert float(earned_N[n]) == pytest.approx(2 * sum(by_hand) / len(by_hand), rel=1e-4)
+
+
+def test_phrases_that_other_replies_wear_out_lose(here):
+    _, pieces, _ = load_model("sft.safetensors")
+    assert beginnings("I'm sorry. What next? Yes!") == {"i'm sorry", "what next"}
+
+    def lost(texts: list[str], samples: int, written: list[str]) -> list[float]:
+        replies = [[*pieces.encode(text), pieces.end_id] for text in texts]
+        prompts = [[n // samples, 3] for n in range(len(replies))]
+        rewards = with_stock(
+            lambda prompts, replies: torch.zeros(len(replies)), pieces, written, 2.0
+        )
+        return (-rewards(prompts, replies)).tolist()
+
+    # 32 prompts, one reply each; half of them are sorry, and of the written ones one in ten.
+    texts = ["I'm sorry about it.", "Bees make honey."] * 16
+    written = ["I'm sorry.", *["You can."] * 9]
+    expected = 0.1
+    by_hand = math.log((15 + 32 * expected) / (31 + 32) / expected)
+    found = lost(texts, 1, written)
+    assert found[0] == pytest.approx(2 * by_hand, rel=1e-5)
+    # Honey is in no written reply, so it may be in one of fifty.
+    assert found[1] == pytest.approx(2 * math.log((15 + 32 * 0.02) / (31 + 32) / 0.02), rel=1e-5)
+    # What is as usual there loses nothing, nor what only the siblings say.
+    assert lost(texts, 1, ["I'm sorry now.", "Bees make honey."])[:2] == [0, 0]
+    siblings = ["I'm sorry about it."] * 4 + ["The bees.", "A fox.", "My hat.", "Old cars."] * 8
+    assert lost(siblings, 4, written)[:4] == [0] * 4
 
 
 def test_a_right_answer_earns_and_a_wrong_one_loses(here):
@@ -847,6 +971,8 @@ def test_checked_questions_are_asked_and_none_that_is_held_out(here):
     train, same, sources = find_prompts(None, pieces, 60, checked)
     assert len(checked) > 10_000 and len(train) > len(plain) + 5_000
     assert held_out == same and not {tuple(one) for one in held_out} & {tuple(one) for one in train}
+    # Trivia must not drown the talk that the chat is there for.
+    assert 0.45 < sum(tuple(one) in checked for one in train) / len(train) < 0.6
     assert sources["graded"]["prompts"] > 1_000
     assert sum(source["prompts"] for source in sources.values()) >= len(train)
 

@@ -9,6 +9,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,15 @@ from torch import Tensor, nn
 
 from tinychat.generation import draw_tokens, drop_stopped, make_generator
 from tinychat.gpt import GPT
-from tinychat.pretraining import Budget, pack_state, schedule, unpack_state
+from tinychat.pretraining import (
+    Budget,
+    average,
+    largest,
+    pack_state,
+    processes,
+    schedule,
+    unpack_state,
+)
 from tinychat.runtime.device import has_compiler
 from tinychat.runtime.errors import ConfigError, DataError, TinychatError
 from tinychat.runtime.metrics import MetricsWriter
@@ -314,7 +323,7 @@ def kl_terms(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Schulman's k3 estimate of the KL to the reference, a term a token: never below 0.
 
     exp(d) - 1 - d with d = log reference - log policy (Schulman 2020). Its mean is the same as that
-    of -d (k1), with far less noise.
+    of -d (k1); near the reference, with far less noise.
     """
     d = ref_logprobs - logprobs
     return torch.expm1(d) - d
@@ -363,10 +372,17 @@ def gae(
 
 
 def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Shift and scale the entries under the mask to mean 0 and deviation 1; the others become 0."""
+    """Shift and scale the entries under the mask to mean 0 and deviation 1; the others become 0.
+
+    Mean and deviation are those of all processes' entries, where several train together.
+    """
     x_N = x_BT[mask_BT]
-    scaled_BT = (x_BT - x_N.mean()) / (x_N.std(correction=0) + 1e-8)
-    return scaled_BT * mask_BT
+    count, total = mask_BT.sum().float(), x_N.sum()
+    average((count, total))
+    mean = total / count
+    squares = ((x_N - mean) ** 2).sum()
+    average((squares,))
+    return (x_BT - mean) / ((squares / count).sqrt() + 1e-8) * mask_BT
 
 
 def value_loss(values_N: Tensor, old_N: Tensor, returns_N: Tensor, clip: float) -> Tensor:
@@ -393,8 +409,8 @@ class KLController:
 class Rollout:
     """The episodes of one step. Entry t of every `_BT` tensor speaks of token t of the row.
 
-    A row is a prompt, filled up on the left, and its reply, filled up on the right. What isn't
-    under the mask is zero.
+    A row is a prompt, filled up on the left, and its reply, filled up on the right. Numbers of
+    tokens that aren't under the mask are zero.
     """
 
     tokens_BT: Tensor
@@ -496,8 +512,9 @@ def update(
     for epoch in range(config.epochs):
         # 8. a few epochs over minibatches in random order
         groups = torch.arange(len(rollout.replies)).split(config.minibatch)
-        order = torch.randperm(len(groups), generator=generator, device=generator.device)
-        for rows_b in (groups[n] for n in order.tolist()):
+        order = torch.randperm(len(groups), generator=generator, device=generator.device).double()
+        average((order,))  # one order for all processes: long rows at a time, then short ones
+        for rows_b in (groups[n] for n in order.argsort(stable=True).tolist()):
             mask_bT = rollout.mask_BT[rows_b]
             old_N, old_values_N, advantages_N, returns_N = (
                 tensor_BT[rows_b][mask_bT]
@@ -513,6 +530,7 @@ def update(
             of_values = value_loss(values_N, old_values_N, returns_N, config.value_clip)
             # The two share no weight: their sum needs no coefficient, and each is clipped alone.
             (of_policy + of_values).backward()
+            average(p.grad for p in policy.parameters() if p.grad is not None)
             norm, value_norm = (
                 nn.utils.clip_grad_norm_(part.parameters(), config.grad_clip).item()
                 for part in (policy.gpt, policy.value)
@@ -537,7 +555,8 @@ def update(
                     }
                 )
         epochs = epoch + 1
-        if seen[-1]["old_kl"] > config.kl_stop:
+        # All processes stop together, when one must.
+        if largest(seen[-1]["old_kl"], policy.gpt.device) > config.kl_stop:
             break
     last_ratio = max(row["ratio_max"] for row in seen)
     means = {key: sum(row[key] for row in seen) / len(seen) for key in seen[0]}
@@ -584,6 +603,13 @@ def summary(rollout: Rollout) -> dict[str, float]:
         "repetition": repetition(rollout.replies),
         "mismatch": (rollout.sampled_BT - rollout.logprobs_BT)[mask_BT].abs().mean().item(),
     }
+
+
+def averaged(figures: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Return each figure's mean over all processes, which beta and the report then go by."""
+    values_F = torch.tensor(list(figures.values()), dtype=torch.float64, device=device)
+    average((values_F,))
+    return dict(zip(figures, values_F.tolist(), strict=True))
 
 
 class PPOProgress(NamedTuple):
@@ -647,10 +673,14 @@ def train_ppo(
     steps as `config.steps` or fit into `minutes`. The `judge` only looks on: its mean mark of each
     step stands in the metrics, and where it falls while the score climbs, the policy has found a
     hole in the reward (Gao et al. 2023). A run killed at any moment and called again with
-    `resume=True` goes on from its last saved state, to the same numbers. Raises ConfigError when
-    `folder` holds another run, DataError without prompts.
+    `resume=True` goes on from its last saved state, to the same numbers. Under torchrun each
+    process has `config.episodes` episodes of its own, of prompts of its own, and all take the mean
+    of their gradients. Raises ConfigError when `folder` holds another run, DataError without
+    prompts.
     """
     folder = Path(folder)
+    rank, world = processes()
+    device = policy.gpt.device
     if not prompts:
         raise DataError("There is no prompt to answer; give at least one.")
     saved = load_state(folder)
@@ -678,10 +708,10 @@ def train_ppo(
         return time.monotonic() - started
 
     def prompts_at(step: int) -> list[list[int]]:
-        count = config.episodes // config.samples
+        count = config.episodes // config.samples * world
         numbers = prompts_of_step(len(prompts), count, step, config.seed)
         # Neighbours share a minibatch: of similar length, they need little filling.
-        asked = sorted((prompts[n] for n in numbers), key=len)
+        asked = sorted((prompts[n] for n in numbers), key=len)[rank::world]
         return [prompt for prompt in asked for _ in range(config.samples)]
 
     def rollout_of(step: int, generator: torch.Generator) -> Rollout:
@@ -691,6 +721,8 @@ def train_ppo(
         )  # fmt: skip
 
     def save() -> None:
+        if rank:
+            return
         scalars: dict[str, Any] = {"step": step, "steps": budget.steps, "seconds": before + spent()}
         scalars |= {
             "beta": controller.beta,
@@ -702,17 +734,22 @@ def train_ppo(
 
     policy.train()
     recent: deque[float] = deque(maxlen=20)
-    with MetricsWriter(folder / "metrics.jsonl", resume_step=step) as writer:
+    log = MetricsWriter(folder / "metrics.jsonl", resume_step=step) if rank == 0 else nullcontext()
+    with log as writer:
         if step == 0:
             # The value head starts at the mean of what a reply pays, so that the first advantages
             # aren't all of one sign.
-            look = rollout_of(0, make_generator(config.seed, policy.gpt.device))
-            policy.expect(float(look.rewards_BT.sum(1).mean()))
+            look = rollout_of(0, make_generator(config.seed + rank, device))
+            paid = look.rewards_BT.sum(1).mean()
+            average((paid,))
+            policy.expect(float(paid))
+            with torch.no_grad():
+                average(policy.parameters())  # the value heads began at random
         stopped = False
         while step < budget.steps and not stopped:
             step_started = time.monotonic()
             # Dice of their own for each step: a resumed run throws the same ones.
-            generator = make_generator(config.seed + 1_000_003 * (step + 1), policy.gpt.device)
+            generator = make_generator(config.seed + 1_000_003 * (step + 1) + rank, device)
             factor = min(1.0, (step + 1) / 20)
             if budget.known:
                 factor = schedule(step, budget.steps, config.warmup, config.decay)
@@ -723,22 +760,24 @@ def train_ppo(
             metrics = summary(rollout) | learned | {"beta": controller.beta, "lr": factor}
             if judge is not None:
                 metrics["judge"] = float(judge(prompts_at(step), rollout.replies).mean())
+            metrics = averaged(metrics, device)
             # 9. steer beta
             controller.update(metrics["kl"])
             step += 1
-            tokens += int(rollout.mask_BT.sum())
+            tokens += round(metrics["length"] * config.episodes * world)
             # 10. report
             seconds = time.monotonic() - step_started
-            writer.write({"step": step} | metrics | {"seconds": seconds})
+            if writer is not None:
+                writer.write({"step": step} | metrics | {"seconds": seconds})
             settled = budget.known and step - first_step > 2
             recent.append(seconds)
             left = (budget.steps - step) * float(np.median(recent)) if settled else math.nan
             on_step(PPOProgress(step, budget.steps, tokens, before + spent(), left, metrics))
-            stopped = should_stop()
+            stopped = largest(should_stop(), device) > 0
             if not budget.known:
-                budget.times.append(seconds)
+                budget.times.append(largest(seconds, device))
                 if stopped or len(budget.times) == budget.TRIAL:
-                    budget.settle(step, spent())
+                    budget.settle(step, largest(spent(), device))
             if budget.known and time.monotonic() - last_save > config.save_minutes * 60:
                 save()
                 last_save = time.monotonic()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -13,6 +17,9 @@ if TYPE_CHECKING:
     from tinychat.gpt import GPT
     from tinychat.ppo import RewardFunction
     from tinychat.tokenizer import Tokenizer
+
+RARE = 0.02  # the share of replies that may say a phrase without its being a stock phrase
+PRIOR = 32  # prompts: a batch is small, so that many written ones are counted with it
 
 
 def with_fit(marks: RewardFunction, gpt: GPT, pieces: Tokenizer, weight: float) -> RewardFunction:
@@ -54,7 +61,8 @@ def with_sure(marks: RewardFunction, gpt: GPT, pieces: Tokenizer, weight: float)
 def with_rules(marks: RewardFunction, pieces: Tokenizer, weight: float) -> RewardFunction:
     """The marks, less `weight` for a reply that breaks a rule of chapter 11, however many.
 
-    A reward model of this size does not see that a word doesn't exist; a rule does.
+    A reward model of this size does not see that a word doesn't exist; a rule does. That a reply
+    doesn't end is no matter of this: it has a price of its own in PPO.
     """
     import torch
 
@@ -65,10 +73,61 @@ def with_rules(marks: RewardFunction, pieces: Tokenizer, weight: float) -> Rewar
         for prompt, reply in zip(prompts, replies, strict=True):
             ended = reply[-1:] == [pieces.end_id]
             text = pieces.decode(reply[:-1] if ended else reply).strip()
-            flawed.append(bool(flaw_of(asked(prompt, pieces), text, ended)))
+            flawed.append(bool(flaw_of(asked(prompt, pieces), text, True)))
         return marks(prompts, replies).cpu() - weight * torch.tensor(flawed).float()
 
     return rewards
+
+
+def with_stock(
+    marks: RewardFunction, pieces: Tokenizer, written: Sequence[str], weight: float
+) -> RewardFunction:
+    """The marks, less `weight` for each nat by which a reply's phrases are worn out.
+
+    A stock phrase fits everywhere, so a chat model holds it for likely, and a reward that begins
+    with log-probabilities likes it. It shows in many replies at once: what more replies to *other*
+    prompts begin a sentence with than `written` ones do costs the logarithm of that ratio. What one
+    in fifty says is never worn out.
+    """
+    import torch
+
+    usual = Counter(phrase for text in written for phrase in beginnings(text))
+
+    def share(phrase: str) -> float:
+        return max(usual[phrase] / max(1, len(written)), RARE)
+
+    def rewards(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
+        said = [beginnings(pieces.decode(reply)) for reply in replies]
+        siblings = Counter(map(tuple, prompts))
+        # Each prompt counts once, however many replies it has.
+        by_prompt: dict[tuple[int, ...], Counter[str]] = defaultdict(Counter)
+        for prompt, phrases in zip(prompts, said, strict=True):
+            for phrase in phrases:
+                by_prompt[tuple(prompt)][phrase] += 1
+        everywhere: dict[str, float] = defaultdict(float)
+        for prompt, counts in by_prompt.items():
+            for phrase, count in counts.items():
+                everywhere[phrase] += count / siblings[prompt]
+
+        def worn(prompt: tuple[int, ...], phrase: str) -> float:
+            elsewhere = everywhere[phrase] - by_prompt[prompt][phrase] / siblings[prompt]
+            expected = share(phrase)
+            found = (elsewhere + PRIOR * expected) / (len(siblings) - 1 + PRIOR)
+            return max(0.0, math.log(found / expected))
+
+        lost = [
+            sum(worn(tuple(prompt), phrase) for phrase in phrases)
+            for prompt, phrases in zip(prompts, said, strict=True)
+        ]
+        return marks(prompts, replies).cpu() - weight * torch.tensor(lost)
+
+    return rewards
+
+
+def beginnings(text: str) -> set[str]:
+    """The first two words of each sentence that has as many, small and without punctuation."""
+    parts = re.split(r"(?<=[.!?])\s+", text.lower())
+    return {" ".join(words[:2]) for part in parts if len(words := re.findall(r"[\w']+", part)) > 1}
 
 
 def with_facts(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tinychat.cli.reward_exam import questions
 from tinychat.runtime.errors import ConfigError
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from tinychat.data.facts import Facts
     from tinychat.data.records import Dialogue, Message
     from tinychat.tokenizer import Tokenizer
+
+Item = TypeVar("Item")
 
 HELD_OUT = 96  # prompts of the report
 
@@ -26,9 +28,9 @@ def find_prompts(
     """Return prompts to train on, held-out ones, and what the model card must say of them.
 
     Every user turn of our dialogues with what was said before it, the prompts of the graded
-    replies, as many conversations of the basics, the questions that can be `checked` and, with a
-    data folder, the public prompts. The held-out ones are of the corpus's validation part; no
-    prompt stands on both sides.
+    replies, as many conversations of the basics, of the questions that can be `checked` no more
+    than of all these and, with a data folder, the public prompts. The held-out ones are of the
+    corpus's validation part; no prompt stands on both sides.
     """
     from tinychat.data import corpus
     from tinychat.data.preferences import corpus_graded, prompt_key
@@ -54,10 +56,11 @@ def find_prompts(
         "dialogues": {"licence": "CC0-1.0", "prompts": talks},
         "graded": {"licence": "CC0-1.0", "prompts": len(found["train"]) - talks},
     }
-    for dialogue in by_split(corpus.basics())["train"][: len(corpus.dialogues())]:
+    basics, count = by_split(corpus.basics())["train"], len(corpus.dialogues())
+    for dialogue in some(basics, count):
         for prompt in prompts_of(dialogue):
             add("train", prompt)
-    for ids, one in checked.items():  # they are tokens already
+    for ids, one in some(checked.items(), len(found["train"])):  # they are tokens already
         found["train"][prompt_key(one.messages[:1])] = list(ids)
     own = len(found["train"])
     others = sum(source["prompts"] for source in sources.values())
@@ -82,6 +85,24 @@ def find_prompts(
             "lower max_tokens with --set max_tokens=32."
         )
     return train, held_out, sources
+
+
+def written_texts(checked: Mapping[tuple[int, ...], Dialogue]) -> list[str]:
+    """What was written in reply to the prompts of `find_prompts`, in about the same mixture."""
+    from tinychat.data import corpus
+    from tinychat.data.split import by_split
+
+    dialogues = by_split(corpus.dialogues())["train"]
+    talks = [*dialogues, *some(by_split(corpus.basics())["train"], len(corpus.dialogues()))]
+    said = [turn.content for one in talks for turn in one.messages if turn.role == "assistant"]
+    return said + [one.messages[1].content for one in some(checked.values(), len(said))]
+
+
+def some(items: Iterable[Item], count: int) -> list[Item]:
+    """At most `count` of the items, spread evenly over all."""
+    all_of_them = list(items)
+    every = max(1.0, len(all_of_them) / max(1, count))
+    return [all_of_them[int(n * every)] for n in range(int(len(all_of_them) / every))]
 
 
 def checked_prompts(facts: Facts, pieces: Tokenizer, room: int) -> dict[tuple[int, ...], Dialogue]:

@@ -38,14 +38,18 @@ def first_alone(rank: int, world: int) -> Iterator[None]:
         dist.barrier()
 
 
-def check_shared_alike(folder: Path, record: Mapping[str, Any], world: int, rows: int) -> None:
+def check_shared_alike(
+    folder: Path, record: Mapping[str, Any], world: int, rows: int, setting: str = "batch"
+) -> None:
     """Refuse another number of processes with another number of rows a step than a run began with.
 
-    A step counts its rows, so the run would leave out texts, or read some twice.
+    A step counts its rows, so the run would leave out texts, or read some twice. `setting` says how
+    many rows each process takes.
     """
     begun_by, begun_with = record.get("processes", 1), record.get("rows", rows)
     if world != begun_by and rows != begun_with:
         raise ConfigError(
             f"{folder} was begun by {begun_by} processes with {begun_with} rows a step in all, and "
-            f"these are {world} with {rows}; add --set batch={max(1, begun_with // world)}."
+            f"these are {world} with {rows}; "
+            f"add --set {setting}={max(1, begun_with // world)}."
         )

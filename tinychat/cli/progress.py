@@ -96,12 +96,12 @@ def training_progress(
 
 @contextmanager
 def ppo_progress(
-    title: str,
+    title: str, enabled: bool
 ) -> Iterator[tuple[Callable[[PPOProgress], None], Callable[[], bool]]]:
     """A line a step, or every tenth without a terminal; the first Ctrl-C asks the loop to save."""
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not enabled)
 
     def show(progress: PPOProgress) -> None:
         known = progress.seconds_left == progress.seconds_left

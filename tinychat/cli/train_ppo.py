@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinychat.cli.conditions import with_facts, with_fit, with_rules, with_sure
+from tinychat.cli.conditions import with_facts, with_fit, with_rules, with_stock, with_sure
 from tinychat.cli.contestants import find_judge, find_reward, load_judge
 from tinychat.cli.outcome import lineage_of, print_next, stop_here, write_checkpoint
-from tinychat.cli.ppo_prompts import checked_prompts, find_prompts, unseen_batches
+from tinychat.cli.ppo_prompts import checked_prompts, find_prompts, unseen_batches, written_texts
+from tinychat.cli.processes import check_shared_alike, join_processes
 from tinychat.cli.progress import millions, ppo_progress
 from tinychat.cli.reward_exam import right_share
 from tinychat.cli.runs import (
@@ -43,7 +44,14 @@ if TYPE_CHECKING:
     from tinychat.reward_model import RewardModel
     from tinychat.tokenizer import Tokenizer
 
-WEIGHTS = {"marks": 1.0, "fit": 1.0, "sure": 0.0, "rules": 1.0, "facts": 1.0}  # if left out
+WEIGHTS = {  # if left out
+    "marks": 1.0,
+    "fit": 1.0,
+    "sure": 0.0,
+    "rules": 1.0,
+    "facts": 1.0,
+    "stock": 0.0,
+}
 PROMPT_TOKENS = 128  # longer prompts are left out: they cost much and say little about the reply
 REPORT = ("score", "judge", "right", "kl", "length", "ended", "distinct_2", "repetition", "entropy")
 
@@ -108,6 +116,14 @@ def ppo(
             "that answers it wrong; 0 asks none of them for that, 1 if left out.",
         ),
     ] = None,
+    stock: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="How much a reply loses for stock phrases, for each nat by which more replies to "
+            "other questions begin a sentence so than written ones do; 0 if left out.",
+        ),
+    ] = None,
     minutes: Minutes = None,
     data: Data = None,
     resume: Resume = False,
@@ -131,7 +147,14 @@ def ppo(
     from tinychat.runtime.device import pick_device, set_threads
 
     # 1. Everything that can be wrong is found before the first minute is spent.
-    given = {"marks": marks, "fit": fit, "sure": sure, "rules": rules, "facts": facts}
+    given = {
+        "marks": marks,
+        "fit": fit,
+        "sure": sure,
+        "rules": rules,
+        "facts": facts,
+        "stock": stock,
+    }
     for name, weight in given.items():
         if weight is not None and not 0 <= weight < float("inf"):
             raise ConfigError(f"--{name} is {weight}; give 0 or a number above it.")
@@ -164,6 +187,10 @@ def ppo(
     minutes = minutes or budget_of(record, folder)
     if not minutes and not config.steps and not resume:
         raise ConfigError("How long? Give a budget, for instance --minutes 30 or --set steps=100.")
+    rank, world = join_processes()
+    shared = {"processes": world, "rows": config.episodes * world}
+    if resume:
+        check_shared_alike(folder, record, world, shared["rows"], "episodes")
     place = pick_device(device)
     set_threads()
     reference, pieces, info = load_model(record["from"])
@@ -194,11 +221,11 @@ def ppo(
     known = Facts(basics["train"] if record.get("facts") else ())
     checked = checked_prompts(known, pieces, room)
     prompts, held_out, sources = find_prompts(data, pieces, room, checked)
-    if not resume:
-        kept = {"set": chosen, "minutes": minutes, "data": str(data) if data else None}
+    kept = {"set": chosen, "minutes": minutes, "data": str(data) if data else None} | shared
+    if not resume and rank == 0:
         write_record(folder, record | kept)
-    else:
-        update_record(folder, record, set=chosen, minutes=minutes, data=data and str(data))
+    elif rank == 0:
+        update_record(folder, record, **kept)
 
     def marks_of(model: RewardModel) -> RewardFunction:
         def read(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
@@ -223,6 +250,8 @@ def ppo(
         rewards = with_fit(rewards, reference, pieces, record["fit"])
     if record.get("rules"):
         rewards = with_rules(rewards, pieces, record["rules"])
+    if record.get("stock"):
+        rewards = with_stock(rewards, pieces, written_texts(checked), record["stock"])
     if checked:
         rewards = with_facts(rewards, pieces, known, checked, record["facts"])
     unseen_facts = Facts(basics["validation"])
@@ -247,11 +276,12 @@ def ppo(
 
     policy = ActorCritic(copy.deepcopy(reference))
     reference.requires_grad_(False)
-    old_replies, old_scores, before = measure(reference)
+    if rank == 0:
+        old_replies, old_scores, before = measure(reference)
 
     # 3. Train.
     title = f"ppo: {len(prompts):,} prompts, {millions(reference.config.parameters)}"
-    with ppo_progress(title) as (show, stop):
+    with ppo_progress(title, rank == 0) as (show, stop):
         done = train_ppo(
             policy,
             reference,
@@ -266,6 +296,8 @@ def ppo(
             on_step=show,
             should_stop=stop,
         )
+    if rank:
+        return
     if not done.finished:
         stop_here("ppo", run, done.step)
 
