@@ -65,6 +65,7 @@ from tinychat.reward_model import RewardModel, question_fit, save_reward
 from tinychat.runtime.checkpoint import file_sha256, read_info
 from tinychat.runtime.errors import ConfigError, DataError, TinychatError
 from tinychat.runtime.metrics import read_metrics
+from tinychat.runtime.state import load_state
 from tinychat.tokenizer import Tokenizer
 
 PAD, END, WANTED, V, LENGTH, ENOUGH = 0, 1, 5, 32, 12, 8
@@ -622,6 +623,20 @@ def test_two_processes_with_half_the_episodes_are_one_with_all(tmp_path):
     for key in ("score", "kl", "beta", "policy_loss", "value_loss", "norm", "entropy"):
         first, second = ([row[key] for row in found] for found in rows)
         assert first == pytest.approx(second, abs=1e-4), key
+
+
+def test_a_finished_policy_keeps_some_of_the_reference(tmp_path):
+    learned, _ = run(tmp_path / "run")
+    before = dict(tiny().named_parameters())
+    policy, config = ActorCritic(tiny()), replace(RUN, keep=0.25)
+    train_ppo(policy, tiny(), PROMPTS[:20], wanted, config, tmp_path / "run", **TOKENS, resume=True)
+    for name, weight in policy.gpt.named_parameters():
+        expected = 0.25 * before[name] + 0.75 * dict(learned.gpt.named_parameters())[name]
+        torch.testing.assert_close(weight, expected, atol=1e-6, rtol=0)
+    state = load_state(tmp_path / "run")
+    assert state is not None and torch.equal(
+        state[0]["model/gpt.embed.weight"], learned.gpt.embed.weight
+    )
 
 
 def test_a_used_folder_is_refused(tmp_path):

@@ -12,6 +12,7 @@ from tinychat.dialogue import render, render_prompt
 from tinychat.generation import Sampling, stream
 from tinychat.gpt import load_model
 from tinychat.pretraining import LossFunction, bits_per_byte, bytes_of_tokens
+from tinychat.reward_model import load_reward
 from tinychat.runtime.checkpoint import read_info
 from tinychat.sft import PackedConversations, SFTConfig
 
@@ -23,6 +24,17 @@ MB = 1_000_000
 
 def test_a_fresh_clone_has_a_base_and_a_chat_model():
     assert {"base", "sft"} <= {path.stem for path in FILES}
+
+
+@pytest.mark.skipif(not (FOLDER / "rlhf.safetensors").exists(), reason="none is shipped")
+def test_ppo_left_the_replies_alike_in_form():
+    """Within 15 % of the model it began with, at most 10 nats away, with ends of their own."""
+    metrics = read_info(FOLDER / "rlhf.safetensors").metrics
+    before, after = metrics["before"], metrics["after"]
+    for name in ("length", "distinct_2"):
+        assert after[name] == pytest.approx(before[name], rel=0.15)
+    assert after["kl"] < 10 and after["ended"] >= 0.97
+    assert after["score"] > before["score"] and after["right"] > before["right"]
 
 
 def test_sizes_stay_within_the_limits():
@@ -38,19 +50,30 @@ def test_metadata_tell_the_whole_story(path):
     assert info.lineage["tokens"] > 0
     assert info.lineage["hardware"]["cpu"]
     assert all(entry["licence"] for entry in info.lineage["data"].values())
-    assert abs(info.metrics["storage_cost_percent"]) < 0.5
+    if info.stage == "reward":  # it says nothing; its marks may move
+        assert info.metrics["storage_moves_marks_by"] < 0.15
+    else:
+        assert abs(info.metrics["storage_cost_percent"]) < 0.5
 
 
 def test_stages_name_their_parent():
     from tinychat.runtime.checkpoint import file_sha256
 
-    sft = read_info(FOLDER / "sft.safetensors")
-    assert sft.lineage["parent_sha256"] == file_sha256(FOLDER / "base.safetensors")
+    def named(path: str, key: str) -> str:
+        return read_info(FOLDER / f"{path}.safetensors").lineage[key]
+
+    digests = {path.stem: file_sha256(path) for path in FILES}
+    assert named("sft", "parent_sha256") == digests["base"]
+    for stage in {"reward", "rlhf"} & digests.keys():
+        assert named(stage, "parent_sha256") == digests["sft"]
+    if "rlhf" in digests:
+        assert named("rlhf", "reward_sha256") == digests["reward"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_it_was_made_with_the_shipped_tokenizer(path):
-    _, tokenizer, _ = load_model(path)
+    load = load_reward if path.stem == "reward" else load_model
+    _, tokenizer, _ = load(path)
     assert tokenizer.model == tokenizer_model()
 
 

@@ -34,6 +34,7 @@ from tinychat.runtime.device import has_compiler
 from tinychat.runtime.errors import ConfigError, DataError, TinychatError
 from tinychat.runtime.metrics import MetricsWriter
 from tinychat.runtime.state import load_state, save_state
+from tinychat.sft import blend
 
 RewardFunction = Callable[[list[list[int]], list[list[int]]], Tensor]
 
@@ -82,6 +83,8 @@ class PPOConfig:
     "subtracted from the score of a reply that doesn't end by itself"
     grad_clip: float = 1.0
     "largest norm of the policy's gradient, and of the value head's"
+    keep: float = 0.0
+    "share of the reference in the finished policy: it has forgotten less, and learned less"
     seed: int = 0
     "decides the order of the prompts and the dice"
     precision: str = "fp32"
@@ -96,7 +99,7 @@ class PPOConfig:
             (("episodes", "samples", "max_tokens"), 1, math.inf, "at least 1"),
             (("epochs", "minibatch"), 1, math.inf, "at least 1"),
             (("steps", "seed", "lr", "value_lr", "beta", "kl_target"), 0, 1e12, "0 or more"),
-            (("warmup", "decay", "gamma", "lam"), 0, 1, "from 0 to 1"),
+            (("warmup", "decay", "gamma", "lam", "keep"), 0, 1, "from 0 to 1"),
             (("temperature", "clip", "value_clip", "kl_stop"), 1e-6, math.inf, "above 0"),
             (("grad_clip", "save_minutes"), 1e-12, math.inf, "above 0"),
             (("end_penalty",), 0, 1e12, "0 or more"),
@@ -675,7 +678,8 @@ def train_ppo(
     hole in the reward (Gao et al. 2023). A run killed at any moment and called again with
     `resume=True` goes on from its last saved state, to the same numbers. Under torchrun each
     process has `config.episodes` episodes of its own, of prompts of its own, and all take the mean
-    of their gradients. Raises ConfigError when `folder` holds another run, DataError without
+    of their gradients. A finished policy is blended with the reference (`config.keep`), its saved
+    state is not. Raises ConfigError when `folder` holds another run, DataError without
     prompts.
     """
     folder = Path(folder)
@@ -782,4 +786,6 @@ def train_ppo(
                 save()
                 last_save = time.monotonic()
     save()
+    if step >= budget.steps:
+        blend(policy.gpt, dict(reference.named_parameters()), config.keep)
     return PPOProgress(step, budget.steps, tokens, before + spent(), 0.0, metrics)

@@ -10,6 +10,8 @@ from tinychat.cli.info import machine, size
 from tinychat.runtime.checkpoint import STAGES, CheckpointInfo, read_info
 from tinychat.runtime.errors import CheckpointError
 
+REPORT = ("score", "judge", "right", "kl", "length", "ended", "distinct_2", "repetition", "entropy")
+
 
 def card(folder: Path) -> str:
     """Return the card of the checkpoints in `folder` as Markdown; CheckpointError for none."""
@@ -50,10 +52,28 @@ def card(folder: Path) -> str:
 
 
 def figures(info: CheckpointInfo) -> list[str]:
-    rows = ["| unseen text | bits per byte |", "| --- | --- |"]
-    bits = info.metrics.get("bits_per_byte", {})
-    rows += [f"| {name} | {value:.3f} |" for name, value in bits.items()]
-    cost = info.metrics.get("storage_cost_percent")
+    metrics = info.metrics
+    if info.stage == "reward":
+        rows = ["| held-out pairs | in the right order | by words alone | pairs |"]
+        rows += ["| --- | --- | --- | --- |"]
+        rows += [
+            f"| {name} | {right:.1%} | {words:.1%} | {count:,} |"
+            for name, (right, count, words) in metrics.get("by_source", {}).items()
+        ]
+    elif info.stage == "rlhf":
+        before, after = metrics.get("before", {}), metrics.get("after", {})
+        rows = [f"| on {metrics.get('held_out_prompts', 0)} unseen prompts | before | after |"]
+        rows += ["| --- | --- | --- |"]
+        rows += [
+            f"| {name} | {before[name]:.3f} | {after[name]:.3f} |"
+            for name in REPORT
+            if name in before and name in after
+        ]
+    else:
+        rows = ["| unseen text | bits per byte |", "| --- | --- |"]
+        bits = metrics.get("bits_per_byte", {})
+        rows += [f"| {name} | {value:.3f} |" for name, value in bits.items()]
+    cost = metrics.get("storage_cost_percent")
     if cost is not None:
         rows += ["", f"Storing it as {info.dtype} costs {cost:+.2f} % in bits per byte."]
     return rows

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tinychat.cli.card import REPORT
 from tinychat.cli.conditions import with_facts, with_fit, with_rules, with_stock, with_sure
 from tinychat.cli.contestants import find_judge, find_reward, load_judge
 from tinychat.cli.outcome import lineage_of, print_next, stop_here, write_checkpoint
@@ -53,7 +54,6 @@ WEIGHTS = {  # if left out
     "stock": 0.0,
 }
 PROMPT_TOKENS = 128  # longer prompts are left out: they cost much and say little about the reply
-REPORT = ("score", "judge", "right", "kl", "length", "ended", "distinct_2", "repetition", "entropy")
 
 
 @train_app.command()
