@@ -36,10 +36,11 @@ import copy
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,10 +48,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinychat.data.batch import Batch
 from tinychat.generation import draw_tokens, drop_stopped, make_generator
 from tinychat.gpt import GPT
 from tinychat.pretraining import (
     Budget,
+    LossFunction,
     average,
     largest,
     pack_state,
@@ -190,6 +193,8 @@ class PPOConfig:
     "subtracted from the score of a reply that doesn't end by itself"
     grad_clip: float = 1.0
     "largest norm of the policy's gradient, and of the value head's"
+    ptx: float = 0.0
+    "weight of the loss on conversations beside PPO's own, where there are any (PPO-ptx)"
     keep: float = 0.0
     "share of the reference in the finished policy: it has forgotten less, and learned less"
     seed: int = 0
@@ -205,7 +210,7 @@ class PPOConfig:
         rules = (
             (("episodes", "samples", "max_tokens"), 1, math.inf, "at least 1"),
             (("epochs", "minibatch"), 1, math.inf, "at least 1"),
-            (("steps", "seed", "lr", "value_lr", "beta", "kl_target"), 0, 1e12, "0 or more"),
+            (("steps", "seed", "lr", "value_lr", "beta", "kl_target", "ptx"), 0, 1e12, "0 or more"),
             (("warmup", "decay", "gamma", "lam", "keep"), 0, 1, "from 0 to 1"),
             (("temperature", "clip", "value_clip", "kl_stop"), 1e-6, math.inf, "above 0"),
             (("grad_clip", "save_minutes"), 1e-12, math.inf, "above 0"),
@@ -951,8 +956,14 @@ def update(
     rollout: Rollout,
     config: PPOConfig,
     generator: torch.Generator,
+    conversations: Iterable[Batch] = (),
 ) -> dict[str, float]:
-    """Learn from one rollout (steps 6 to 8); returns what happened, as means."""
+    """Learn from one rollout (steps 6 to 8); returns what happened, as means.
+
+    Of `conversations` each minibatch takes one, and adds `config.ptx` times the loss on it.
+    """
+    remember = LossFunction(policy.gpt, dtype=config.dtype, compiled=False)
+    reading = iter(conversations)
     # 6. advantages and 7. whitening
     advantages_BT, returns_BT = advantages(rollout, config)
     seen: list[dict[str, float]] = []
@@ -978,6 +989,11 @@ def update(
             of_values = value_loss(values_N, old_values_N, returns_N, config.value_clip)
             # The two share no weight: their sum needs no coefficient, and each is clipped alone.
             (of_policy + of_values).backward()
+            read = 0.0
+            if (batch := next(reading, None)) is not None:
+                of_reading = remember(batch)
+                (config.ptx * of_reading).backward()
+                read = of_reading.item()
             average(p.grad for p in policy.parameters() if p.grad is not None)
             norm, value_norm = (
                 nn.utils.clip_grad_norm_(part.parameters(), config.grad_clip).item()
@@ -1001,6 +1017,7 @@ def update(
                         "old_kl": kl_terms(old_N, logprobs_N).mean().item(),
                         "norm": norm,
                     }
+                    | ({"ptx_loss": read} if conversations else {})
                 )
         epochs = epoch + 1
         # All processes stop together, when one must.
@@ -1140,6 +1157,7 @@ def train_ppo(
     pad: int,
     minutes: float = 0.0,
     judge: RewardFunction | None = None,
+    conversations: Callable[[int], Iterator[Batch]] | None = None,
     resume: bool = False,
     on_step: Callable[[PPOProgress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -1149,7 +1167,9 @@ def train_ppo(
     A reply ends at a token of `stop`; only `end` among them counts as ending by itself. As many
     steps as `config.steps` or fit into `minutes`. The `judge` only looks on: its mean mark of each
     step stands in the metrics, and where it falls while the score climbs, the policy has found a
-    hole in the reward (Gao et al. 2023). A run killed at any moment and called again with
+    hole in the reward (Gao et al. 2023). `conversations(n)` yields batches of what the model was
+    fine-tuned on, from number n on, for ever; with `config.ptx` it goes on reading them, so that it
+    doesn't forget. A run killed at any moment and called again with
     `resume=True` goes on from its last saved state, to the same numbers. Under torchrun each
     process has `config.episodes` episodes of its own, of prompts of its own, and all take the mean
     of their gradients. A finished policy is blended with the reference (`config.keep`), its saved
@@ -1210,6 +1230,8 @@ def train_ppo(
         }
         save_state(folder, pack_state(policy, [optimizer]), scalars)  # type: ignore[arg-type]
 
+    updates = config.epochs * -(-config.episodes // config.minibatch)  # of one step
+    reading = conversations(step * updates) if conversations and config.ptx else iter(())
     policy.train()
     recent: deque[float] = deque(maxlen=20)
     log = MetricsWriter(folder / "metrics.jsonl", resume_step=step) if rank == 0 else nullcontext()
@@ -1234,7 +1256,8 @@ def train_ppo(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
             rollout = rollout_of(step, generator)
-            learned = update(policy, optimizer, rollout, config, generator)
+            batches = list(islice(reading, updates))
+            learned = update(policy, optimizer, rollout, config, generator, batches)
             metrics = summary(rollout) | learned | {"beta": controller.beta, "lr": factor}
             if judge is not None:
                 metrics["judge"] = float(judge(prompts_at(step), rollout.replies).mean())
@@ -1553,6 +1576,12 @@ for beta, curve_of in hacked.items():
 # compares how many replies of a step, to other questions, begin a sentence so with how many written ones
 # do, and whoever says it pays the logarithm of that ratio. ("I'm sorry" begins a sentence in two of a
 # thousand written replies; without that price, after thirty steps, in 12 of 40 of the policy's: lab notes.)
+# What PPO costs elsewhere is the **alignment tax** (Ouyang et al. 2022): nothing in its loss speaks of what
+# the replies of a run never say. That policy of ours told whole stories when asked first thing, and in the
+# middle of a chat could tell none any more ("Fern the pain was gone. She stuck out every word of thecastle.").
+# InstructGPT's remedy is simple: beside each minibatch, read some of the old texts again, with the old loss
+# (**PPO-ptx**). Ours is `--set ptx=1`, on the conversations of the fine-tuning.
+#
 # And one more guard is chapter 10's `blend`, back towards the reference (Ramé et al. 2024b do this, too).
 # Readers preferred a policy of ours in 60 % of the cases where they saw a difference, and it answered fewer
 # questions of fact right, 42.5 for 49.2 % of 240. Half-way back (`--set keep=0.5`) these were 56 % and 47.9 %

@@ -1,12 +1,13 @@
 """PPO: every detail by its number, the toy that it must solve, stopping and resuming."""
 
+import itertools
 import json
 import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from tinychat.cli.conditions import (
 )
 from tinychat.cli.ppo_prompts import checked_prompts, find_prompts
 from tinychat.data import corpus, tokenizer_model
+from tinychat.data.batch import Batch
 from tinychat.data.facts import Facts
 from tinychat.data.records import Message
 from tinychat.data.split import by_split
@@ -61,6 +63,7 @@ from tinychat.ppo import (
     value_loss,
     whiten,
 )
+from tinychat.pretraining import LossFunction
 from tinychat.reward_model import RewardModel, question_fit, save_reward
 from tinychat.runtime.checkpoint import file_sha256, read_info
 from tinychat.runtime.errors import ConfigError, DataError, TinychatError
@@ -623,6 +626,55 @@ def test_two_processes_with_half_the_episodes_are_one_with_all(tmp_path):
     for key in ("score", "kl", "beta", "policy_loss", "value_loss", "norm", "entropy"):
         first, second = ([row[key] for row in found] for found in rows)
         assert first == pytest.approx(second, abs=1e-4), key
+
+
+def conversations(start: int) -> Iterator[Batch]:
+    """Batch number n says one of eight texts, over and over."""
+    for number in itertools.count(start):
+        ids = torch.randint(2, V, (2, 12), generator=dice(number % 8))
+        yield Batch(ids[:, :-1], ids[:, 1:], torch.ones(2, 11))
+
+
+def test_reading_on_keeps_what_was_read(tmp_path):
+    """PPO-ptx: each update takes the next batch, and only with a weight above 0."""
+    taken: list[int] = []
+
+    def counted(start: int) -> Iterator[Batch]:
+        for number, batch in enumerate(conversations(start), start):
+            taken.append(number)
+            yield batch
+
+    losses = {}
+    for ptx in (0.0, 1.0):
+        policy, config = ActorCritic(tiny()), replace(RUN, ptx=ptx, lr=2e-2)
+        train_ppo(
+            policy, tiny(), PROMPTS[:20], wanted, config, tmp_path / str(ptx), **TOKENS,
+            conversations=counted,
+        )  # fmt: skip
+        loss = LossFunction(policy.gpt, dtype=torch.float32, compiled=False)
+        with torch.no_grad():
+            losses[ptx] = sum(float(loss(b)) for b in itertools.islice(conversations(0), 8)) / 8
+    assert taken == list(range(5 * 2 * 2)), "five steps of two epochs over two minibatches"
+    assert losses[1.0] < losses[0.0] - 0.1
+    assert "ptx_loss" not in rows_without_time(tmp_path / "0.0")[0]
+    assert rows_without_time(tmp_path / "1.0")[0]["ptx_loss"] == pytest.approx(math.log(V), abs=0.5)
+
+
+@pytest.mark.parametrize("stop_at", [2, 3])
+def test_a_run_that_reads_on_resumes_to_the_same_numbers(tmp_path, stop_at):
+    config, found = replace(RUN, ptx=0.5), []
+    for name, stops in (("whole", [9]), ("part", [stop_at, 9])):
+        for stop_here in stops:
+            seen: list[int] = []
+            policy = ActorCritic(tiny())
+            train_ppo(
+                policy, tiny(), PROMPTS[:20], wanted, config, tmp_path / name, **TOKENS,
+                conversations=conversations, resume=stop_here == 9 and len(stops) > 1,
+                on_step=lambda p, seen=seen: seen.append(p.step),
+                should_stop=lambda seen=seen, at=stop_here: seen[-1] == at,
+            )  # fmt: skip
+        found.append(dict(policy.named_parameters()))
+    assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
 
 
 def test_a_finished_policy_keeps_some_of_the_reference(tmp_path):

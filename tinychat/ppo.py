@@ -8,10 +8,11 @@ import copy
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinychat.data.batch import Batch
 from tinychat.generation import draw_tokens, drop_stopped, make_generator
 from tinychat.gpt import GPT
 from tinychat.pretraining import (
     Budget,
+    LossFunction,
     average,
     largest,
     pack_state,
@@ -83,6 +86,8 @@ class PPOConfig:
     "subtracted from the score of a reply that doesn't end by itself"
     grad_clip: float = 1.0
     "largest norm of the policy's gradient, and of the value head's"
+    ptx: float = 0.0
+    "weight of the loss on conversations beside PPO's own, where there are any (PPO-ptx)"
     keep: float = 0.0
     "share of the reference in the finished policy: it has forgotten less, and learned less"
     seed: int = 0
@@ -98,7 +103,7 @@ class PPOConfig:
         rules = (
             (("episodes", "samples", "max_tokens"), 1, math.inf, "at least 1"),
             (("epochs", "minibatch"), 1, math.inf, "at least 1"),
-            (("steps", "seed", "lr", "value_lr", "beta", "kl_target"), 0, 1e12, "0 or more"),
+            (("steps", "seed", "lr", "value_lr", "beta", "kl_target", "ptx"), 0, 1e12, "0 or more"),
             (("warmup", "decay", "gamma", "lam", "keep"), 0, 1, "from 0 to 1"),
             (("temperature", "clip", "value_clip", "kl_stop"), 1e-6, math.inf, "above 0"),
             (("grad_clip", "save_minutes"), 1e-12, math.inf, "above 0"),
@@ -506,8 +511,14 @@ def update(
     rollout: Rollout,
     config: PPOConfig,
     generator: torch.Generator,
+    conversations: Iterable[Batch] = (),
 ) -> dict[str, float]:
-    """Learn from one rollout (steps 6 to 8); returns what happened, as means."""
+    """Learn from one rollout (steps 6 to 8); returns what happened, as means.
+
+    Of `conversations` each minibatch takes one, and adds `config.ptx` times the loss on it.
+    """
+    remember = LossFunction(policy.gpt, dtype=config.dtype, compiled=False)
+    reading = iter(conversations)
     # 6. advantages and 7. whitening
     advantages_BT, returns_BT = advantages(rollout, config)
     seen: list[dict[str, float]] = []
@@ -533,6 +544,11 @@ def update(
             of_values = value_loss(values_N, old_values_N, returns_N, config.value_clip)
             # The two share no weight: their sum needs no coefficient, and each is clipped alone.
             (of_policy + of_values).backward()
+            read = 0.0
+            if (batch := next(reading, None)) is not None:
+                of_reading = remember(batch)
+                (config.ptx * of_reading).backward()
+                read = of_reading.item()
             average(p.grad for p in policy.parameters() if p.grad is not None)
             norm, value_norm = (
                 nn.utils.clip_grad_norm_(part.parameters(), config.grad_clip).item()
@@ -556,6 +572,7 @@ def update(
                         "old_kl": kl_terms(old_N, logprobs_N).mean().item(),
                         "norm": norm,
                     }
+                    | ({"ptx_loss": read} if conversations else {})
                 )
         epochs = epoch + 1
         # All processes stop together, when one must.
@@ -666,6 +683,7 @@ def train_ppo(
     pad: int,
     minutes: float = 0.0,
     judge: RewardFunction | None = None,
+    conversations: Callable[[int], Iterator[Batch]] | None = None,
     resume: bool = False,
     on_step: Callable[[PPOProgress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -675,7 +693,9 @@ def train_ppo(
     A reply ends at a token of `stop`; only `end` among them counts as ending by itself. As many
     steps as `config.steps` or fit into `minutes`. The `judge` only looks on: its mean mark of each
     step stands in the metrics, and where it falls while the score climbs, the policy has found a
-    hole in the reward (Gao et al. 2023). A run killed at any moment and called again with
+    hole in the reward (Gao et al. 2023). `conversations(n)` yields batches of what the model was
+    fine-tuned on, from number n on, for ever; with `config.ptx` it goes on reading them, so that it
+    doesn't forget. A run killed at any moment and called again with
     `resume=True` goes on from its last saved state, to the same numbers. Under torchrun each
     process has `config.episodes` episodes of its own, of prompts of its own, and all take the mean
     of their gradients. A finished policy is blended with the reference (`config.keep`), its saved
@@ -736,6 +756,8 @@ def train_ppo(
         }
         save_state(folder, pack_state(policy, [optimizer]), scalars)  # type: ignore[arg-type]
 
+    updates = config.epochs * -(-config.episodes // config.minibatch)  # of one step
+    reading = conversations(step * updates) if conversations and config.ptx else iter(())
     policy.train()
     recent: deque[float] = deque(maxlen=20)
     log = MetricsWriter(folder / "metrics.jsonl", resume_step=step) if rank == 0 else nullcontext()
@@ -760,7 +782,8 @@ def train_ppo(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
             rollout = rollout_of(step, generator)
-            learned = update(policy, optimizer, rollout, config, generator)
+            batches = list(islice(reading, updates))
+            learned = update(policy, optimizer, rollout, config, generator, batches)
             metrics = summary(rollout) | learned | {"beta": controller.beta, "lr": factor}
             if judge is not None:
                 metrics["judge"] = float(judge(prompts_at(step), rollout.replies).mean())

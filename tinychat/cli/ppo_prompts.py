@@ -12,6 +12,7 @@ from tinychat.runtime.errors import ConfigError
 if TYPE_CHECKING:
     from tinychat.data.facts import Facts
     from tinychat.data.records import Dialogue, Message
+    from tinychat.dialogue import Rendered
     from tinychat.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
@@ -108,6 +109,16 @@ def some(items: Iterable[Item], count: int) -> list[Item]:
 def checked_prompts(facts: Facts, pieces: Tokenizer, room: int) -> dict[tuple[int, ...], Dialogue]:
     """The prompts whose answer a rule can check, and where each comes from."""
     return {tuple(ids): one for one, ids in questions(facts.asked, pieces, room)}
+
+
+def conversations_of(pieces: Tokenizer, context: int) -> list[Rendered]:
+    """All that fine-tuning reads of our own texts, so that PPO may go on reading it."""
+    from tinychat.data import corpus
+    from tinychat.data.split import by_split
+    from tinychat.dialogue import render
+
+    read = [*by_split(corpus.dialogues())["train"], *by_split(corpus.basics())["train"]]
+    return [render(one, pieces, context=context) for one in read]
 
 
 def unseen_batches(pieces: Tokenizer, context: int) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,13 @@ from tinychat.cli.card import REPORT
 from tinychat.cli.conditions import with_facts, with_fit, with_rules, with_stock, with_sure
 from tinychat.cli.contestants import find_judge, find_reward, load_judge
 from tinychat.cli.outcome import lineage_of, print_next, stop_here, write_checkpoint
-from tinychat.cli.ppo_prompts import checked_prompts, find_prompts, unseen_batches, written_texts
+from tinychat.cli.ppo_prompts import (
+    checked_prompts,
+    conversations_of,
+    find_prompts,
+    unseen_batches,
+    written_texts,
+)
 from tinychat.cli.processes import check_shared_alike, join_processes
 from tinychat.cli.progress import millions, ppo_progress
 from tinychat.cli.reward_exam import right_share
@@ -53,6 +60,7 @@ WEIGHTS = {  # if left out
     "facts": 1.0,
     "stock": 0.0,
 }
+READ, READ_TOKENS = 8, 256  # rows of conversations beside each minibatch, and their length
 PROMPT_TOKENS = 128  # longer prompts are left out: they cost much and say little about the reply
 
 
@@ -143,6 +151,7 @@ def ppo(
     from tinychat.ppo import ActorCritic, PPOConfig, collect, summary, train_ppo
     from tinychat.pretraining import LossFunction, Result, bits_per_byte, bytes_of_tokens
     from tinychat.reward_model import load_reward, score
+    from tinychat.sft import PackedConversations, SFTConfig
     from tinychat.runtime.checkpoint import file_sha256
     from tinychat.runtime.device import pick_device, set_threads
 
@@ -279,6 +288,14 @@ def ppo(
     if rank == 0:
         old_replies, old_scores, before = measure(reference)
 
+    conversations = None
+    if config.ptx:
+        read = conversations_of(pieces, READ_TOKENS + 1)
+        packed = PackedConversations(
+            read, SFTConfig(batch=READ, sequence=READ_TOKENS), pieces.pad_id
+        )
+        conversations = partial(packed.batches, rank=rank, world=world)
+
     # 3. Train.
     title = f"ppo: {len(prompts):,} prompts, {millions(reference.config.parameters)}"
     with ppo_progress(title, rank == 0) as (show, stop):
@@ -292,6 +309,7 @@ def ppo(
             **tokens,
             minutes=minutes or 0.0,
             judge=marks_of(onlooker) if onlooker else None,
+            conversations=conversations,
             resume=resume,
             on_step=show,
             should_stop=stop,
