@@ -105,9 +105,9 @@ def with_stock(
             for phrase in phrases:
                 by_prompt[tuple(prompt)][phrase] += 1
         everywhere: dict[str, float] = defaultdict(float)
-        for prompt, counts in by_prompt.items():
+        for asked_for, counts in by_prompt.items():
             for phrase, count in counts.items():
-                everywhere[phrase] += count / siblings[prompt]
+                everywhere[phrase] += count / siblings[asked_for]
 
         def worn(prompt: tuple[int, ...], phrase: str) -> float:
             elsewhere = everywhere[phrase] - by_prompt[prompt][phrase] / siblings[prompt]
