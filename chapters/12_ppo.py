@@ -972,7 +972,9 @@ def update(
         # 8. a few epochs over minibatches in random order
         groups = torch.arange(len(rollout.replies)).split(config.minibatch)
         order = torch.randperm(len(groups), generator=generator, device=generator.device).double()
-        average((order,))  # one order for all processes: long rows at a time, then short ones
+        # The first process's order is that of all: long rows at a time, and short ones.
+        order *= processes()[0] == 0
+        average((order,))
         for rows_b in (groups[n] for n in order.argsort(stable=True).tolist()):
             mask_bT = rollout.mask_BT[rows_b]
             old_N, old_values_N, advantages_N, returns_N = (
