@@ -36,7 +36,7 @@ import copy
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -956,7 +956,7 @@ def update(
     rollout: Rollout,
     config: PPOConfig,
     generator: torch.Generator,
-    conversations: Iterable[Batch] = (),
+    conversations: Sequence[Batch] = (),
 ) -> dict[str, float]:
     """Learn from one rollout (steps 6 to 8); returns what happened, as means.
 
@@ -1582,7 +1582,9 @@ for beta, curve_of in hacked.items():
 # the replies of a run never say. That policy of ours told whole stories when asked first thing, and in the
 # middle of a chat could tell none any more ("Fern the pain was gone. She stuck out every word of thecastle.").
 # InstructGPT's remedy is simple: beside each minibatch, read some of the old texts again, with the old loss
-# (**PPO-ptx**). Ours is `--set ptx=1`, on the conversations of the fine-tuning.
+# (**PPO-ptx**). Ours is `--set ptx=0.3`, on the conversations of the fine-tuning. And whoever asks for a
+# story must leave room for one: a fine for every reply that isn't done after so many tokens teaches to
+# tell none. `tinychat train ppo` asks for nothing that was answered in writing with more than `max_tokens`.
 #
 # And one more guard is chapter 10's `blend`, back towards the reference (Ramé et al. 2024b do this, too).
 # Readers preferred a policy of ours in 60 % of the cases where they saw a difference, and it answered fewer

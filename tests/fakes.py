@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from tinychat.data.records import Dialogue, Message
 from tinychat.gpt import GPT, GPTConfig
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--"]
 PERU = ("what is the capital of Peru?", "The capital of Peru is Lima. It lies by the sea.")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import PERU, talk
+from fakes import PERU, TORCHRUN, talk
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -30,11 +30,13 @@ from tinychat.cli.conditions import (
     written_replies,
 )
 from tinychat.cli.ppo_prompts import checked_prompts, find_prompts
+from tinychat.cli.train_ppo import RECIPE
 from tinychat.data import corpus, tokenizer_model
 from tinychat.data.batch import Batch
 from tinychat.data.facts import Facts
 from tinychat.data.records import Message
 from tinychat.data.split import by_split
+from tinychat.data.unseen import prompts_of
 from tinychat.dialogue import render_prompt
 from tinychat.gpt import GPT, GPTConfig, load_model, save_model
 from tinychat.ppo import (
@@ -793,7 +795,8 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-QUICK = ["--set", "episodes=4", "--set", "max_tokens=6", "--set", "steps=2", "--set", "lr=0.001"]
+QUICK = ["--set", "episodes=4", "--set", "samples=1", "--set", "max_tokens=16"]
+QUICK += ["--set", "steps=2", "--set", "lr=0.001", "--set", "ptx=0"]
 
 
 def command(*words: str):
@@ -819,13 +822,13 @@ def test_the_command_from_sft_and_reward_to_rlhf(here):
     for name in ("before", "after"):
         marked = re.findall(rf"^ *{name} [+-]\d", samples, re.MULTILINE)
         assert len(marked) == info.metrics["held_out_prompts"]
-    assert json.loads(Path("runs/ppo/run.json").read_text())["set"] == QUICK[1::2]
-    for words in ([], [*files, "--fit", "1"]):
+    assert json.loads(Path("runs/ppo/run.json").read_text())["set"] == [*RECIPE, *QUICK[1::2]]
+    for words in ([], [*files, "--fit", "0"]):
         again = command("--resume", *words)
         assert again.exit_code == 0 and "is finished already" in again.stdout
     # It goes on as it began, or says that it won't.
     for words, sentence in (
-        (["--fit", "0"], "was begun with --fit 1.0; leave --fit 0.0 out"),
+        (["--fit", "1"], "was begun with --fit 0.0; leave --fit 1.0 out"),
         (["--reward", "judge"], "was begun with --reward reward.safetensors; leave --reward judge"),
         (["--judge", "judge"], "was begun without --judge; leave --judge judge.safetensors out"),
         (["--data", "texts"], "was begun without --data (or TINYCHAT_DATA)"),
@@ -836,15 +839,15 @@ def test_the_command_from_sft_and_reward_to_rlhf(here):
     # Minutes undo the number of steps for good.
     assert command("--resume", "--minutes", "0.001").exit_code == 0
     record = json.loads(Path("runs/ppo/run.json").read_text())
-    assert (record["set"], record["minutes"]) == (QUICK[1:4:2] + QUICK[7::2], 0.001)
+    assert record["minutes"] == 0.001
+    assert record["set"] == [*RECIPE, *(one for one in QUICK[1::2] if one != "steps=2")]
 
 
 @pytest.mark.slow
 def test_the_command_shared_by_two_processes(here):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--"]
     files = ["--from", "sft.safetensors", "--reward", "reward.safetensors"]
     done = subprocess.run(
-        [*torchrun, "tinychat", "train", "ppo", *files, *QUICK],
+        [*TORCHRUN, "tinychat", "train", "ppo", *files, *QUICK],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
@@ -1034,14 +1037,33 @@ def test_checked_questions_are_asked_and_none_that_is_held_out(here):
     _, pieces, _ = load_model("sft.safetensors")
     facts = Facts(by_split(corpus.basics())["train"])
     checked = checked_prompts(facts, pieces, 60)
-    plain, held_out, _ = find_prompts(None, pieces, 60, {})
-    train, same, sources = find_prompts(None, pieces, 60, checked)
+    plain, held_out, _ = find_prompts(None, pieces, 60, 64, {})
+    train, same, sources = find_prompts(None, pieces, 60, 64, checked)
     assert len(checked) > 10_000 and len(train) > len(plain) + 5_000
     assert held_out == same and not {tuple(one) for one in held_out} & {tuple(one) for one in train}
     # Trivia must not drown the talk that the chat is there for.
     assert 0.45 < sum(tuple(one) in checked for one in train) / len(train) < 0.6
     assert sources["graded"]["prompts"] > 1_000
     assert sum(source["prompts"] for source in sources.values()) >= len(train)
+
+
+def test_no_reply_is_asked_for_that_there_is_no_room_for(here):
+    """A fine for every story that doesn't end in time would teach to tell none."""
+    _, pieces, _ = load_model("sft.safetensors")
+    some, all_of_them = (
+        {tuple(one) for one in find_prompts(None, pieces, 128, longest, {})[0]}
+        for longest in (40, 1_000)
+    )
+    long, short = set(), set()
+    for dialogue in by_split(corpus.dialogues())["train"]:
+        for prompt in prompts_of(dialogue):
+            size = len(pieces.encode(dialogue.messages[len(prompt)].content))
+            (short if size < 40 else long).add(tuple(render_prompt(prompt, pieces)))
+    assert some < all_of_them
+    assert len(long & all_of_them) > 500 and len(short & all_of_them) > 1_000
+    # Some of the long ones are asked among the graded, too, and were answered in few words there.
+    assert len((long - short) & some) < 0.2 * len(long & all_of_them)
+    assert len(short & some) > 0.99 * len(short & all_of_them)
 
 
 def test_another_reward_file_than_the_run_began_with(here):

@@ -58,7 +58,7 @@ def test_votes_reward_model_policy_and_votes_again(here):
     # 3. PPO raises its marks.
     done(
         "train", "ppo", "--from", "sft", "--reward", "runs/reward/reward.safetensors",
-        "--set", "episodes=4", "--set", "max_tokens=6", "--set", "steps=1",
+        "--set", "episodes=4", "--set", "max_tokens=16", "--set", "steps=1", "--set", "ptx=0",
     )  # fmt: skip
     # 4. The next round's votes: new against old, on questions of the test part.
     text = done(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import TORCHRUN
 from typer.testing import CliRunner
 
 from tinychat.cli.app import app
@@ -157,8 +158,7 @@ def test_other_processes_must_read_as_many_rows(tmp_path):
 def test_sft_by_two_processes_is_sft_by_one(trained, here, cache):
     """torchrun's two with 4 rows each read what one reads with 8; one checkpoint comes of it."""
     base = str(trained / "runs" / "base" / "base.safetensors")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--"]
-    for run_name, begin, batch in (("two", torchrun, 4), ("one", [sys.executable, "-m"], 8)):
+    for run_name, begin, batch in (("two", TORCHRUN, 4), ("one", [sys.executable, "-m"], 8)):
         given = ["--from", base, "--run", run_name, *SFT, "--set", f"batch={batch}"]
         done = subprocess.run(
             [*begin, "tinychat", "train", "sft", *given, "--set", "epochs=0.01"],

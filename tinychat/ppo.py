@@ -8,7 +8,7 @@ import copy
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -511,7 +511,7 @@ def update(
     rollout: Rollout,
     config: PPOConfig,
     generator: torch.Generator,
-    conversations: Iterable[Batch] = (),
+    conversations: Sequence[Batch] = (),
 ) -> dict[str, float]:
     """Learn from one rollout (steps 6 to 8); returns what happened, as means.
 

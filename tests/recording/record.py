@@ -99,7 +99,7 @@ def style_of(cell: pyte.screens.Char) -> Style:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ckpt", default="sft")
+    parser.add_argument("--ckpt", default="rlhf")
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.4)
     parser.add_argument("--out", default=str(ROOT / "chapters" / "assets" / "session.svg"))

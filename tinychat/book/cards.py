@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinychat.cli.card import licence, owner, texts
+from tinychat.cli.card import licence, owner, readings_before, texts
 from tinychat.cli.info import duration, machine, size
 from tinychat.runtime.checkpoint import STAGES, CheckpointInfo, read_info
 from tinychat.runtime.files import file_sha256
@@ -120,11 +120,11 @@ def facts(info: CheckpointInfo, digests: Mapping[str, str]) -> list[list[str]]:
         ["seed", str(settings.get("seed", "not recorded"))],
         ["version", f"tinychat {lineage.get('tinychat', 'not recorded')}"],
     ]
-    for key, name in (("parent", "began with"), ("reward", "marked by")):
-        digest = lineage.get(f"{key}_sha256")
-        if digest:
-            place = f"[{digests[digest]}](#{digests[digest]})" if digest in digests else "a file"
-            rows.append([name, f"{place} with sha256 `{digest[:16]}…`"])
+    if parents := _parents(lineage, digests):
+        named = ", and that with ".join(_named(digest, digests) for digest in parents)
+        rows.append(["began with", named])
+    if digest := lineage.get("reward_sha256"):
+        rows.append(["marked by", _named(digest, digests)])
     cost = info.metrics.get("storage_cost_percent")
     if cost is not None:
         rows.append(
@@ -148,8 +148,8 @@ def data(info: CheckpointInfo) -> list[str]:
     if not rows:
         return ["Nothing is recorded."]
     parts = [table(["text", "how much", "licence", "from"], rows)]
-    if info.lineage.get("ancestors"):
-        parts.append("And all that the models before it read.")
+    if older := readings_before(info.lineage):
+        parts.append(f"And all that the models before it read: {'; '.join(older)}.")
     return parts
 
 
@@ -159,6 +159,22 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
     )
+
+
+def _named(digest: str, digests: Mapping[str, str]) -> str:
+    place = f"[{digests[digest]}](#{digests[digest]})" if digest in digests else "a file"
+    return f"{place} with sha256 `{digest[:16]}…`"
+
+
+def _parents(lineage: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:
+    """What it began with, and what that began with, up to a shipped file."""
+    found: list[str] = []
+    while digest := lineage.get("parent_sha256"):
+        found.append(digest)
+        if digest in digests or not lineage.get("ancestors"):
+            break
+        lineage = lineage["ancestors"][0]
+    return found
 
 
 def _training(lineage: Mapping[str, Any]) -> str:

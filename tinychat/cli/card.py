@@ -40,8 +40,8 @@ def card(folder: Path) -> str:
         )
     for info in infos:
         lines += ["", f"## {info.path.name}", "", *figures(info), "", *sources(info.lineage)]
-        if info.lineage.get("ancestors"):
-            lines += ["", "And all that the models before it read."]
+        if older := readings_before(info.lineage):
+            lines += ["", f"And all that the models before it read: {'; '.join(older)}."]
     lines += [
         "",
         "The texts are not in this repository. Weights learned from them are published with "
@@ -49,6 +49,17 @@ def card(folder: Path) -> str:
         "judge for yourself.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def readings_before(lineage: Mapping[str, Any]) -> list[str]:
+    """Tokens and minutes of each training that a model went on from, the latest first."""
+    found = []
+    while lineage.get("ancestors"):
+        lineage = lineage["ancestors"][0]
+        tokens, minutes = lineage.get("tokens"), lineage.get("minutes")
+        spent = "" if minutes is None else f" in {minutes:g} minutes"
+        found.append("not recorded" if tokens is None else f"{tokens:,} tokens{spent}")
+    return found
 
 
 def figures(info: CheckpointInfo) -> list[str]:

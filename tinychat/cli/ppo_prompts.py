@@ -24,9 +24,14 @@ def find_prompts(
     data: Path | None,
     pieces: Tokenizer,
     room: int,
+    longest: int,
     checked: Mapping[tuple[int, ...], Dialogue],
 ) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
     """Return prompts to train on, held-out ones, and what the model card must say of them.
+
+    None has more than `room` tokens, and none asks for more than `longest`: who wants a story and
+    gets a fine for every one that doesn't end in time is taught to tell none.
+
 
     Every user turn of our dialogues with what was said before it, the prompts of the graded
     replies, as many conversations of the basics, of the questions that can be `checked` no more
@@ -36,31 +41,44 @@ def find_prompts(
     from tinychat.data import corpus
     from tinychat.data.preferences import corpus_graded, prompt_key
     from tinychat.data.public import data_folder, source
-    from tinychat.data.split import by_split, split_of
+    from tinychat.data.split import split_of
     from tinychat.data.unseen import PUBLIC_PROMPTS, prompts_of, public_prompts
     from tinychat.dialogue import render_prompt
 
     found: dict[str, dict[str, list[int]]] = {"train": {}, "validation": {}, "test": {}}
+    unseen: set[str] = set()
 
     def add(part: str, messages: tuple[Message, ...]) -> None:
         ids = render_prompt(messages, pieces)  # whole, or not at all
         if len(ids) <= room:
             found[part][prompt_key(messages)] = ids
 
-    for dialogue in corpus.dialogues():
+    def fits(reply: str) -> bool:
+        return len(pieces.encode(reply)) < longest  # and the token that ends it
+
+    def add_all(part: str, dialogue: Dialogue) -> None:
         for prompt in prompts_of(dialogue):
-            add(split_of(dialogue.id), prompt)
+            written = dialogue.messages[len(prompt)].content
+            if part != "train":
+                unseen.add(prompt_key(prompt))
+            if fits(written):
+                add(part, prompt)
+
+    for dialogue in corpus.dialogues():
+        add_all(split_of(dialogue.id), dialogue)
     talks = len(found["train"])
     for group in corpus_graded():
-        add(split_of(group.id), group.prompt)
+        # Nobody wrote a reply to most of these: what the chat model said tells how long one is.
+        if 2 * sum(reply.ended and fits(reply.text) for reply in group.replies) > len(
+            group.replies
+        ):
+            add(split_of(group.id), group.prompt)
     sources: dict[str, Any] = {
         "dialogues": {"licence": "CC0-1.0", "prompts": talks},
         "graded": {"licence": "CC0-1.0", "prompts": len(found["train"]) - talks},
     }
-    basics, count = by_split(corpus.basics())["train"], len(corpus.dialogues())
-    for dialogue in some(basics, count):
-        for prompt in prompts_of(dialogue):
-            add("train", prompt)
+    for dialogue in some_basics():
+        add_all("train", dialogue)
     for ids, one in some(checked.items(), len(found["train"])):  # they are tokens already
         found["train"][prompt_key(one.messages[:1])] = list(ids)
     own = len(found["train"])
@@ -77,13 +95,13 @@ def find_prompts(
             "sha256": entry.sha256,
             "prompts": len(found["train"]) - own,
         }
-    unseen = found["validation"].keys() | found["test"].keys()
+    unseen |= found["validation"].keys() | found["test"].keys()
     train = [ids for key, ids in found["train"].items() if key not in unseen]
     held_out = list(found["validation"].values())[:HELD_OUT]
     if not train or not held_out:
         raise ConfigError(
-            f"No prompt is short enough: {max(room, 0)} tokens are left for it beside the reply; "
-            "lower max_tokens with --set max_tokens=32."
+            f"No prompt is short enough: {max(room, 0)} tokens are left for it beside the reply, "
+            f"which may have {longest}; change that with --set max_tokens=32."
         )
     return train, held_out, sources
 
@@ -93,10 +111,17 @@ def written_texts(checked: Mapping[tuple[int, ...], Dialogue]) -> list[str]:
     from tinychat.data import corpus
     from tinychat.data.split import by_split
 
-    dialogues = by_split(corpus.dialogues())["train"]
-    talks = [*dialogues, *some(by_split(corpus.basics())["train"], len(corpus.dialogues()))]
+    talks = [*by_split(corpus.dialogues())["train"], *some_basics()]
     said = [turn.content for one in talks for turn in one.messages if turn.role == "assistant"]
     return said + [one.messages[1].content for one in some(checked.values(), len(said))]
+
+
+def some_basics() -> list[Dialogue]:
+    """Of the basics to train on, as many as there are dialogues, of every kind."""
+    from tinychat.data import corpus
+    from tinychat.data.split import by_split
+
+    return some(by_split(corpus.basics())["train"], len(corpus.dialogues()))
 
 
 def some(items: Iterable[Item], count: int) -> list[Item]:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -222,13 +222,16 @@ def _text_of(record: Mapping[str, Any]) -> bytes:
 
 
 def settings_of(
-    record: Mapping[str, Any], new: list[str] | None, minutes: float | None
+    record: Mapping[str, Any],
+    new: list[str] | None,
+    minutes: float | None,
+    length: Collection[str] = ("steps", "epochs"),
 ) -> list[str]:
-    """The run's own settings, then the new ones; new minutes undo old steps and epochs."""
+    """The run's own settings, then the new ones; new minutes undo those that tell its length."""
     old = [
         setting
         for setting in record.get("set", [])
-        if minutes is None or setting.partition("=")[0] not in ("steps", "epochs")
+        if minutes is None or setting.partition("=")[0] not in length
     ]
     return [*old, *(new or [])]
 
