@@ -750,8 +750,9 @@ def first_token(logprobs_BT, ref_logprobs_BT, mask_BT, scores_B, beta):
 
 
 def other_temperature(gpt, tokens_BT, segments_BT, mask_BT, config):
-    hot = replace(config, temperature=2.0)
-    return reply_logprobs(gpt, tokens_BT, segments_BT, mask_BT, hot)
+    # A third reaches 0.66 of the optimum; twice the right one 0.87 to 0.95, as the machine adds.
+    cold = replace(config, temperature=0.33)
+    return reply_logprobs(gpt, tokens_BT, segments_BT, mask_BT, cold)
 
 
 @pytest.mark.slow
