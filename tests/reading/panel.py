@@ -18,6 +18,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tinychat.data import corpus
+from tinychat.data.preferences import digest
+from tinychat.data.records import Message
+from tinychat.data.split import split_of
+from tinychat.evaluation import answer_all
+from tinychat.generation import Sampling
+from tinychat.gpt import load_model
+from tinychat.runtime.checkpoint import find
+
 HERE = Path(__file__).parent
 LISTS = ("prompts", "strangers", "newcomers", "visitors")
 GOOD, NONSENSE = 3, 0
@@ -26,10 +35,6 @@ MARKS = re.compile(r"\b([A-Z])\s*([0-4])\b")
 
 def prompts_to_read(openers: int) -> list[tuple[str, str]]:
     """(where from, prompt), the lists first; of d15 what no training conversation opens with."""
-    from tinychat.data import corpus
-    from tinychat.data.preferences import digest
-    from tinychat.data.split import split_of
-
     found = [
         (name, line)
         for name in LISTS
@@ -48,12 +53,6 @@ def prompts_to_read(openers: int) -> list[tuple[str, str]]:
 
 def replies(name: str, prompts: list[str], seed: int) -> list[str]:
     """What CKPT:DRAFTS:TEMPERATURE says to each prompt, as the chat would."""
-    from tinychat.data.records import Message
-    from tinychat.evaluation import answer_all
-    from tinychat.generation import Sampling
-    from tinychat.gpt import load_model
-    from tinychat.runtime.checkpoint import find
-
     checkpoint, drafts, temperature = [*name.split(":"), "8", "0.5"][:3]
     model, tokenizer, _ = load_model(find(checkpoint))
     sampling = Sampling(

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinychat.cli.card import licence, owner, readings_before, texts
+from tinychat.cli.card import descent, licence, owner, readings_before, texts
 from tinychat.cli.info import duration, machine, size
 from tinychat.runtime.checkpoint import STAGES, CheckpointInfo, read_info
 from tinychat.runtime.files import file_sha256
@@ -169,11 +169,12 @@ def _named(digest: str, digests: Mapping[str, str]) -> str:
 def _parents(lineage: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:
     """What it began with, and what that began with, up to a shipped file."""
     found: list[str] = []
-    while digest := lineage.get("parent_sha256"):
-        found.append(digest)
-        if digest in digests or not lineage.get("ancestors"):
+    for one in descent(lineage):
+        if "parent_sha256" not in one:
             break
-        lineage = lineage["ancestors"][0]
+        found.append(one["parent_sha256"])
+        if found[-1] in digests:
+            break
     return found
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,19 @@ def card(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def descent(lineage: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A lineage, that of the model it began with, and so on back to random weights."""
+    yield lineage
+    while lineage.get("ancestors"):
+        lineage = lineage["ancestors"][0]
+        yield lineage
+
+
 def readings_before(lineage: Mapping[str, Any]) -> list[str]:
     """Tokens and minutes of each training that a model went on from, the latest first."""
     found = []
-    while lineage.get("ancestors"):
-        lineage = lineage["ancestors"][0]
-        tokens, minutes = lineage.get("tokens"), lineage.get("minutes")
+    for older in islice(descent(lineage), 1, None):
+        tokens, minutes = older.get("tokens"), older.get("minutes")
         spent = "" if minutes is None else f" in {minutes:g} minutes"
         found.append("not recorded" if tokens is None else f"{tokens:,} tokens{spent}")
     return found

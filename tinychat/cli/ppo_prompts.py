@@ -32,7 +32,6 @@ def find_prompts(
     None has more than `room` tokens, and none asks for more than `longest`: who wants a story and
     gets a fine for every one that doesn't end in time is taught to tell none.
 
-
     Every user turn of our dialogues with what was said before it, the prompts of the graded
     replies, as many conversations of the basics, of the questions that can be `checked` no more
     than of all these and, with a data folder, the public prompts. The held-out ones are of the
