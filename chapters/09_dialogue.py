@@ -129,11 +129,13 @@ class Rendered:
     """A conversation as tokens. `loss_mask` is True on what the model must learn to produce.
 
     Entry i of both speaks of the same token. A trainer that predicts token i + 1 from token i
-    therefore uses `tokens[:-1]`, `tokens[1:]` and `loss_mask[1:]`.
+    therefore uses `tokens[:-1]`, `tokens[1:]` and `loss_mask[1:]`. `system` tells whether it begins
+    with a system message.
     """
 
     tokens: list[int]
     loss_mask: list[bool]
+    system: bool = False
 
 
 # %% [markdown]
@@ -226,7 +228,7 @@ def render(
         learn = turns[number].role == "assistant" and (train_on == "all" or number == last_reply)
         tokens += encoded[number]
         mask += [False] + [learn] * (len(encoded[number]) - 1)
-    return Rendered(tokens[:context], mask[:context])
+    return Rendered(tokens[:context], mask[:context], bool(system))
 
 
 # %% [markdown]

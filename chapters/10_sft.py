@@ -21,7 +21,8 @@
 # **What you will build**
 #
 # 1. **the mask** at work: only replies carry loss;
-# 2. **packing**: several short conversations share a row, and don't see each other;
+# 2. **packing**: several short conversations share a row, and don't see each other, except where one
+#    goes on in the chat of another;
 # 3. **gentle rates and few readings**, since few conversations are soon known by heart;
 # 4. **a held-out set** that tells you when to stop, and what the model forgets meanwhile;
 # 5. your own `sft` checkpoint, and a contest: is it better to *show* a model a task or to train it?
@@ -284,22 +285,32 @@ picture("10_packing", draw_packing)
 
 
 # %% tags=["export"]
-def packed_row(examples: Sequence[Rendered], room: int, pad: int) -> np.ndarray:
+def packed_row(
+    examples: Sequence[Rendered], room: int, pad: int, goes_on: Sequence[bool] = ()
+) -> np.ndarray:
     """Lay conversations one behind another: returns `[4, room]` inputs, targets, mask, segments.
 
     A conversation of n tokens takes n - 1 places: its last token predicts nothing, because what
     follows it is another conversation. One that is too long loses its end. Segment 0 is padding.
+    Where `goes_on` is true, a conversation goes on in the chat of the one before it: it shares its
+    segment, and the other's last token stands in the place of its own first one.
     """
     row = np.zeros((4, room), dtype=np.int64)
     row[:2] = pad
-    start = 0
-    for number, example in enumerate(examples, 1):
+    start, segment = 0, 0
+    for number, example in enumerate(examples):
         size = min(len(example.tokens) - 1, room - start)
         part = slice(start, start + size)
-        row[0, part] = example.tokens[:size]
-        row[1, part] = example.tokens[1 : size + 1]
-        row[2, part] = example.loss_mask[1 : size + 1]
-        row[3, part] = number
+        row[:3, part] = (
+            example.tokens[:size],
+            example.tokens[1 : size + 1],
+            example.loss_mask[1 : size + 1],
+        )
+        if number and number < len(goes_on) and goes_on[number]:
+            row[0, start] = examples[number - 1].tokens[-1]  # <|end|>, where <|bos|> would be
+        else:
+            segment += 1
+        row[3, part] = segment
         start += size
     return row
 
@@ -355,6 +366,45 @@ apart = mean_loss(base, [batch_of(one, one.loss_mask) for one in two])
 assert abs(together - apart) < 1e-4, (together, apart)
 
 # %% [markdown]
+# ## A chat that goes on
+#
+# Each conversation of our corpus is about one thing. A chat isn't: somebody says hello, wants a story
+# about a fox, and then asks who painted *The Great Wave*. A model that has met its questions only at
+# the head of a chat is lost there. What was said before spills over, and the painter becomes a fox. We
+# didn't notice for a long time, because we asked it one question a chat; our
+# [lab notes](lab_notes.md) have what it cost.
+#
+# The cure costs nothing, not even a token. Let some conversations *go on* in the chat of the one
+# before them in the row. They share its segment, and where their `<|bos|>` would stand is the
+# `<|end|>` of the last reply (that is what `goes_on` above is for).
+
+# %%
+chained = packed_row(two, 18, tokenizer.pad_id, goes_on=[False, True]).tolist()
+for title, row in (("packed", [inputs, targets, mask, segments]), ("chained", chained)):
+    print(f"{title:>8}: {''.join(tokenizer.piece(token) for token in row[0]).strip()}")
+    print(f"          segments {''.join(map(str, row[3]))}, learned {sum(row[2])}")
+
+# %% [markdown]
+# The chained row is the same row, token for token, as if somebody had typed both questions into one
+# chat. The test checks that. In training, dice decide which conversations go on (`chain`); those with a
+# system message never do, since it must stand at the head of a chat. What has several turns about one
+# thing keeps them together, so the model also learns when to look back, and when not to.
+
+# %% tags=["test"]
+one_chat = render(
+    [
+        Message("user", "hi"), Message("assistant", "Hello!"),
+        Message("user", "2+2?"), Message("assistant", "4."),
+    ],
+    tokenizer,
+)  # fmt: skip
+size = len(one_chat.tokens) - 1
+assert chained[0][:size] == one_chat.tokens[:-1]
+assert chained[3] == [1] * size + [0] * (18 - size)
+learned = [t for t, m in zip(one_chat.tokens, one_chat.loss_mask, strict=True) if m]
+assert [t for t, m in zip(chained[1], chained[2], strict=True) if m] == learned
+
+# %% [markdown]
 # ## Gentle, and not for long
 #
 # The base model has learned something that took long, and a few hundred steps at full rate can wash
@@ -373,6 +423,8 @@ class SFTConfig:
     "packed rows a step"
     sequence: int = 512
     "tokens a row; several conversations share one"
+    chain: float = 0.6
+    "share of the conversations that go on in the chat of the one before them"
     matrix_lr: float = 6e-3
     "Muon's peak rate: well below pretraining's, to keep what the base has learned"
     vector_lr: float = 2e-3
@@ -399,6 +451,8 @@ class SFTConfig:
     def __post_init__(self) -> None:
         if not 0 < self.epochs < math.inf:
             raise ConfigError(f"epochs is {self.epochs}; it must be a number above 0.")
+        if not 0 <= self.chain <= 1:
+            raise ConfigError(f"chain is {self.chain}; it must be from 0 to 1.")
         if not 0 <= self.keep < 1:
             raise ConfigError(f"keep is {self.keep}; it must be 0 or more, and below 1.")
         for name in ("matrix_lr", "vector_lr"):
@@ -477,14 +531,20 @@ class PackedConversations:
 
     def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
         """Build the tensors of some rows."""
-        data = np.stack(
-            [
-                packed_row([self.examples[n] for n in row], self.config.sequence, self.pad)
-                for row in rows
-            ]
-        )
+        data = np.stack([self._row(row) for row in rows])
         inputs, targets, mask, segments = torch.from_numpy(data).unbind(1)
         return Batch(inputs, targets, mask, segments)
+
+    def _row(self, row: Sequence[int]) -> np.ndarray:
+        examples = [self.examples[n] for n in row]
+        # The row itself seeds its dice, so a resumed run throws the same.
+        dice = np.random.default_rng((self.config.seed, *row)).random(len(row))
+        goes_on = [
+            # A system message stands at the head of a chat, and only there.
+            throw < self.config.chain and not example.system
+            for throw, example in zip(dice, examples, strict=True)
+        ]
+        return packed_row(examples, self.config.sequence, self.pad, goes_on)
 
 
 # %% [markdown]
@@ -566,7 +626,7 @@ def finetune(
 # never sees.
 
 # %%
-PLAIN = SFTConfig(batch=2, sequence=ROOM, compiled=False)
+PLAIN = SFTConfig(batch=2, sequence=ROOM, chain=0, compiled=False)  # to compare losses: no dice
 
 
 def held_out(count: int) -> list[Batch]:
@@ -675,6 +735,7 @@ large = base.config.parameters > 4e6
 settings = replace(
     PLAIN,
     batch=1 if FAST else 4,
+    chain=SFTConfig.chain,
     epochs=5 / rows_an_epoch if FAST else 0.1 if large else 1,
     matrix_lr=1e-3 if large else 4e-3,
     vector_lr=3e-4 if large else 1e-3,
@@ -1085,7 +1146,7 @@ for count in (0, 4):
 # ## Check yourself
 #
 # 1. Which tokens of a conversation carry loss, and what do the others do?
-# 2. Two conversations share a row. What keeps the second from reading the first?
+# 2. Two conversations share a row. What keeps the second from reading the first, and when should it?
 # 3. The loss on the training conversations falls from epoch to epoch. Is the model getting better?
 # 4. Why are the rates lower than in pretraining?
 # 5. You have a task and thirty solved examples. When do you show them in the prompt, and when do you
@@ -1095,7 +1156,8 @@ for count in (0, 4):
 #
 # 1. The text of the replies and the `<|end|>` after each. The others are read: the reply looks back
 #    at them, and gradients flow through them.
-# 2. Its segment number: attention only joins tokens of the same segment.
+# 2. Its segment number: attention only joins tokens of the same segment. It should read the first
+#    one sometimes, because a real chat has more than one thing in it.
 # 3. You can't tell from this number. It may be learning them by heart; ask conversations that it
 #    never reads.
 # 4. The base has learned something that took long. Large steps on little data wash it away; the

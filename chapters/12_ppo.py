@@ -1574,9 +1574,9 @@ for beta, curve_of in hacked.items():
 # such pairs right where it learned them, 45 % elsewhere: lab notes), and a rule does. OpenAI's models
 # get **rule-based rewards** beside a learned one, too, with a model as the grader (Mu et al. 2024).
 #
-# A stock phrase hides from whoever reads one reply at a time. In many at once it can be counted. `--stock 1`
+# A stock phrase hides from whoever reads one reply at a time. In many at once it can be counted. `--stock X`
 # compares how many replies of a step, to other questions, begin a sentence so with how many written ones
-# do, and whoever says it pays the logarithm of that ratio. ("I'm sorry" begins a sentence in two of a
+# do, and whoever says it pays X times the logarithm of that ratio. ("I'm sorry" begins a sentence in two of a
 # thousand written replies; without that price, after thirty steps, in 12 of 40 of the policy's: lab notes.)
 # What PPO costs elsewhere is the **alignment tax** (Ouyang et al. 2022): nothing in its loss speaks of what
 # the replies of a run never say. That policy of ours told whole stories when asked first thing, and in the
@@ -1585,6 +1585,9 @@ for beta, curve_of in hacked.items():
 # (**PPO-ptx**). Ours is `--set ptx=0.3`, on the conversations of the fine-tuning. And whoever asks for a
 # story must leave room for one: a fine for every reply that isn't done after so many tokens teaches to
 # tell none. `tinychat train ppo` asks for nothing that was answered in writing with more than `max_tokens`.
+#
+# A reward that is earned only at the head of a chat is learned there. So every third prompt stands behind
+# another conversation, as chapter 10's chats that go on do.
 #
 # And one more guard is chapter 10's `blend`, back towards the reference (Ramé et al. 2024b do this, too).
 # Readers preferred a policy of ours in 60 % of the cases where they saw a difference, and it answered fewer

@@ -6,6 +6,9 @@ from types import ModuleType
 
 import pytest
 
+from tinychat.data import corpus
+from tinychat.data.split import split_of
+
 PATH = Path(__file__).parent / "reading" / "panel.py"
 KEY = [
     {"where": "prompts", "letters": {"A": "sft", "B": "rlhf"}, "replies": {"sft": "", "rlhf": ""}},
@@ -50,3 +53,17 @@ def test_the_sheet_asks_what_nobody_trained_on(panel):
     assert [name for name, _ in asked].count("openers") == 40
     assert len(asked) == 50 + 50 + 63 + 55 + 40
     assert asked == panel.prompts_to_read(40)
+
+
+def test_a_chat_before_the_prompt_is_held_out_and_another_for_each(panel):
+    chats = panel.others(100, 2)
+    assert len(set(chats)) == 100
+    assert {len(chat) for chat in chats} == {4}
+    assert [m.role for m in chats[0]] == ["user", "assistant"] * 2
+    trained = {
+        one.messages[:2]
+        for one in (*corpus.dialogues(), *corpus.basics())
+        if split_of(one.id) == "train"
+    }
+    assert not trained & {chat[:2] for chat in chats}
+    assert panel.others(3, 0) == [(), (), ()]

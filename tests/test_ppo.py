@@ -22,6 +22,7 @@ from tinychat.cli.app import app
 from tinychat.cli.conditions import (
     asked,
     beginnings,
+    with_all,
     with_facts,
     with_fit,
     with_rules,
@@ -29,7 +30,7 @@ from tinychat.cli.conditions import (
     with_sure,
     written_replies,
 )
-from tinychat.cli.ppo_prompts import checked_prompts, find_prompts
+from tinychat.cli.ppo_prompts import checked_prompts, find_prompts, in_chats
 from tinychat.cli.train_ppo import RECIPE
 from tinychat.data import corpus, tokenizer_model
 from tinychat.data.batch import Batch
@@ -66,7 +67,7 @@ from tinychat.ppo import (
     whiten,
 )
 from tinychat.pretraining import LossFunction
-from tinychat.reward_model import RewardModel, question_fit, save_reward
+from tinychat.reward_model import RewardModel, mean_logprobs, question_fit, save_reward
 from tinychat.runtime.checkpoint import file_sha256, read_info
 from tinychat.runtime.errors import ConfigError, DataError, TinychatError
 from tinychat.runtime.metrics import read_metrics
@@ -1005,8 +1006,8 @@ def test_phrases_that_other_replies_wear_out_lose(here):
     by_hand = math.log((15 + 32 * expected) / (31 + 32) / expected)
     found = lost(texts, 1, written)
     assert found[0] == pytest.approx(2 * by_hand, rel=1e-5)
-    # Honey is in no written reply, so it may be in one of fifty.
-    assert found[1] == pytest.approx(2 * math.log((15 + 32 * 0.02) / (31 + 32) / 0.02), rel=1e-5)
+    # Honey is in no written reply, so it may be in one of a hundred.
+    assert found[1] == pytest.approx(2 * math.log((15 + 32 * 0.01) / (31 + 32) / 0.01), rel=1e-5)
     # What is as usual there loses nothing, nor what only the siblings say.
     assert lost(texts, 1, ["I'm sorry now.", "Bees make honey."])[:2] == [0, 0]
     siblings = ["I'm sorry about it."] * 4 + ["The bees.", "A fox.", "My hat.", "Old cars."] * 8
@@ -1046,6 +1047,55 @@ def test_checked_questions_are_asked_and_none_that_is_held_out(here):
     assert 0.45 < sum(tuple(one) in checked for one in train) / len(train) < 0.6
     assert sources["graded"]["prompts"] > 1_000
     assert sum(source["prompts"] for source in sources.values()) >= len(train)
+
+
+def test_every_third_prompt_stands_in_a_chat(here):
+    _, pieces, _ = load_model("sft.safetensors")
+    facts = Facts(by_split(corpus.basics())["train"][:4000])
+    checked = checked_prompts(facts, pieces, 60)
+    asked = [[*ids] for ids in checked]
+    asked[3] = [pieces.bos_id, pieces.system_id, 9, pieces.end_id, *asked[3][1:]]
+    asked[6] = [pieces.bos_id, *[9] * 127]
+    prompts, known = in_chats(asked, checked, pieces, 128)
+    changed = [n for n, (old, new) in enumerate(zip(asked, prompts, strict=True)) if old != new]
+    assert set(changed) <= set(range(0, len(asked), 3)) and {3, 6}.isdisjoint(changed)
+    assert len(changed) > 0.3 * len(asked)
+    sides = by_split([*corpus.dialogues(), *corpus.basics()])
+    read = {turn.content for one in sides["train"] for turn in one.messages}
+    for n in changed[:200]:
+        before = prompts[n][: 1 - len(asked[n])]
+        assert [*before, *asked[n][1:]] == prompts[n] and len(prompts[n]) <= 128
+        assert before[-1] == pieces.end_id and before.count(pieces.assistant_id) >= 1
+        assert prompts[n].count(pieces.bos_id) == 1
+        assert known[tuple(prompts[n])] is checked[tuple(asked[n])]
+        assert pieces.decode(before[2 : before.index(pieces.end_id)]) in read
+    assert known.items() >= checked.items()
+    assert in_chats(asked, checked, pieces, 128)[0] == prompts
+    assert in_chats(asked[:3], checked, pieces, 4)[0] == asked[:3], "no room for more"
+
+
+def test_every_condition_has_a_weight(here):
+    gpt, pieces, _ = load_model("sft.safetensors")
+    peru = talk(*PERU)
+    facts = Facts([peru])
+    checked = checked_prompts(facts, pieces, 60)
+    prompts = [[*next(iter(checked))]] * 2
+    replies = [[*pieces.encode(text), pieces.end_id] for text in ("It is Lima.", "It is Rome.")]
+
+    def rewards(**weights: float) -> list[float]:
+        asked = checked if weights.get("facts") else {}
+        reward = with_all(
+            lambda prompts, replies: torch.tensor([1.0, 3.0]),
+            weights, gpt, pieces, facts, asked, ["It is so."],
+        )  # fmt: skip
+        return reward(prompts, replies).tolist()
+
+    assert rewards() == [1, 3], "a run from before there were weights"
+    assert rewards(marks=0.5) == [0.5, 1.5]
+    assert rewards(marks=0, facts=2) == [2, -2]
+    sure = mean_logprobs(gpt, prompts, replies, pieces.pad_id).tolist()
+    assert rewards(marks=0, sure=0.5) == pytest.approx([one / 2 for one in sure])
+    assert rewards(marks=0, facts=2, sure=0.5) == pytest.approx([sure[0] / 2 + 2, sure[1] / 2 - 2])
 
 
 def test_no_reply_is_asked_for_that_there_is_no_room_for(here):

@@ -20,7 +20,7 @@ from tinychat.runtime.errors import ConfigError, DataError
 from tinychat.sft import PackedConversations, SFTConfig, finetune, pack, packed_row
 
 TOKENIZER = ByteTokenizer()
-PLAIN = {"precision": "fp32", "compiled": False}
+PLAIN = {"precision": "fp32", "compiled": False, "chain": 0}
 
 
 def tiny(seed: int = 0) -> GPT:
@@ -93,6 +93,63 @@ def test_packed_row_by_hand():
     assert segments == [1, 1, 1, 1, 1, 1, 2, 2, 0, 0]
     # The last token of the first conversation (3) never predicts the first of the second (2).
     assert (3, 2) not in zip(inputs, targets, strict=True)
+
+
+def test_a_conversation_that_goes_on_is_the_chat_written_as_one():
+    first, second = rendered("hi", "hello"), rendered("1+1?", "2", "sure?", "yes")
+    whole = rendered("hi", "hello", "1+1?", "2", "sure?", "yes")
+    size = len(whole.tokens) - 1
+    row = packed_row([first, second], 80, pad=0, goes_on=[True, True]).tolist()
+    inputs, targets, mask, segments = (part[:size] for part in row)
+    assert inputs == whole.tokens[:-1]
+    assert segments == [1] * size and row[3][size:] == [0] * (80 - size)
+    assert mask == [int(learned) for learned in whole.loss_mask[1:]]
+    # No one is asked for a user's turn: between the two, a target may say anything unlearned.
+    assert [t for t, m in zip(targets, mask, strict=True) if m] == [
+        t for t, m in zip(whole.tokens, whole.loss_mask, strict=True) if m
+    ]
+    third = packed_row([first, second, first], 80, pad=0, goes_on=[False, True, False])[3]
+    assert sorted(set(third)) == [0, 1, 2]
+
+
+def test_chained_loss_is_the_loss_of_one_chat():
+    talks = [rendered("hi", "hello"), rendered("1+1?", "2")]
+    loss = LossFunction(stirred(), dtype=torch.float32, compiled=False)
+    chained = SFTConfig(batch=1, sequence=64, **PLAIN | {"chain": 1})
+    stream = PackedConversations(talks, chained, pad=0)
+    first, second = (["hi", "hello"], ["1+1?", "2"])
+    if stream.rows(0) == [[1, 0]]:
+        first, second = second, first
+    one = rendered(*first, *second)
+    mask = torch.tensor([one.loss_mask[1:]]).long()
+    tokens = torch.tensor([one.tokens])
+    whole = loss(Batch(tokens[:, :-1], tokens[:, 1:], mask)).item()
+    assert loss(next(stream.batches())).item() == pytest.approx(whole, abs=1e-5)
+
+
+def test_a_system_message_never_stands_within_a_chat():
+    brief = [Message("system", "Be brief."), Message("user", "a"), Message("assistant", "b")]
+    talks = [render(brief, TOKENIZER), rendered("c", "d"), rendered("e", "f")]
+    assert talks[0].system and not talks[1].system
+    stream = PackedConversations(talks, SFTConfig(batch=1, sequence=80, chain=1), pad=0)
+    for order in itertools.permutations(range(3)):
+        inputs, segments = stream._row(order)[[0, 3]]
+        for token, before in itertools.pairwise(inputs.tolist()):
+            if before == TOKENIZER.system_id:
+                assert token == TOKENIZER.bos_id
+        assert segments.max() == (1 if order[0] == 0 else 2), "the two others go on in a chat"
+
+
+def test_dice_chain_the_share_that_is_asked_for(many):
+    stream = PackedConversations(many, SFTConfig(batch=1, sequence=2000, chain=0.6), pad=0)
+    (row,) = stream.rows(0)
+    assert len(row) == 40
+    begun = [int(stream._row(stream.rows(epoch)[0])[3].max()) for epoch in range(50)]
+    # The first of a row always begins a chat; of the other 39, four in ten do.
+    assert np.mean(begun) == pytest.approx(1 + 39 * 0.4, abs=1.5)
+    assert begun[7] == int(stream._row(stream.rows(7)[0])[3].max()), "the same dice again"
+    never = PackedConversations(many, SFTConfig(batch=1, sequence=2000, chain=0), pad=0)
+    assert never._row(never.rows(0)[0])[3].max() == 40
 
 
 def test_a_row_is_used_to_the_last_place():
@@ -232,6 +289,8 @@ def test_train_on_last_reaches_the_batch():
         ({"matrix_lr": -1.0}, "matrix_lr is -1"),
         ({"seed": -1}, "seed is -1"),
         ({"keep": 1.0}, "keep is 1"),
+        ({"chain": 1.1}, "chain is 1.1"),
+        ({"chain": -0.1}, "chain is -0.1"),
         ({"keep": -0.1}, "keep is -0.1"),
         ({"warmup": 2.0}, "warmup is 2"),
         ({"precision": "fp8"}, "precision is 'fp8'"),

@@ -6,9 +6,11 @@ import pytest
 
 from tinychat.cli.card import card
 from tinychat.data import corpus, tokenizer_model
+from tinychat.data.facts import Facts
 from tinychat.data.records import Message
 from tinychat.data.split import split_of
 from tinychat.dialogue import render, render_prompt
+from tinychat.evaluation import answer_all
 from tinychat.generation import Sampling, stream
 from tinychat.gpt import load_model
 from tinychat.pretraining import LossFunction, bits_per_byte, bytes_of_tokens
@@ -87,7 +89,7 @@ def test_the_card_is_up_to_date():
 def test_recorded_bits_per_byte_can_be_measured_again():
     """On the replies that training never saw; bfloat16 against float32 leaves a small gap."""
     model, tokenizer, info = load_model(FOLDER / "sft.safetensors")
-    config = SFTConfig(sequence=info.lineage["settings"]["sequence"])
+    config = SFTConfig(sequence=info.lineage["settings"]["sequence"], chain=0)
     held_out = [
         render(dialogue, tokenizer, context=config.sequence + 1)
         for dialogue in corpus.dialogues()
@@ -112,3 +114,31 @@ def test_replies_are_sentences_that_end_by_themselves(path):
         assert reply and "\ufffd" not in reply and "<|" not in reply
     finished = [reply for reply in replies if reply.rstrip()[-1] in '.!?"']
     assert len(finished) >= 3, replies
+
+
+STORY = (
+    Message("user", "tell me a short story about a fox"),
+    Message(
+        "assistant",
+        "Once upon a time there was a little fox named Rust. One day he found a red ball by the "
+        "river. He pushed it with his nose, and it rolled to a girl. She laughed. He was glad.",
+    ),
+)
+
+
+@pytest.mark.parametrize("path", CHAT, ids=lambda path: path.stem)
+def test_what_was_said_before_does_not_spill_into_the_answer(path):
+    """Earlier models of ours had a third of these right, and "a little fox" painted a picture."""
+    model, tokenizer, _ = load_model(path)
+    basics = [one for one in corpus.basics() if one.id.startswith("d12")]
+    facts = Facts(basics)
+    asked = [one for one in facts.asked if split_of(one.id) == "validation"][:100]
+    sampling = Sampling(temperature=0.0, max_tokens=48, seed=0)
+    right = []
+    for before in ((), STORY):
+        prompts = [(*before, one.messages[0]) for one in asked]
+        said = answer_all(model, tokenizer, prompts, sampling)
+        right.append(sum(facts.right(o, a.text) for o, a in zip(asked, said, strict=True)))
+    alone, behind = right
+    assert len(asked) == 100 and alone > 35
+    assert behind > 0.75 * alone

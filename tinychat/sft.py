@@ -44,22 +44,32 @@ def pack(
     return rows
 
 
-def packed_row(examples: Sequence[Rendered], room: int, pad: int) -> np.ndarray:
+def packed_row(
+    examples: Sequence[Rendered], room: int, pad: int, goes_on: Sequence[bool] = ()
+) -> np.ndarray:
     """Lay conversations one behind another: returns `[4, room]` inputs, targets, mask, segments.
 
     A conversation of n tokens takes n - 1 places: its last token predicts nothing, because what
     follows it is another conversation. One that is too long loses its end. Segment 0 is padding.
+    Where `goes_on` is true, a conversation goes on in the chat of the one before it: it shares its
+    segment, and the other's last token stands in the place of its own first one.
     """
     row = np.zeros((4, room), dtype=np.int64)
     row[:2] = pad
-    start = 0
-    for number, example in enumerate(examples, 1):
+    start, segment = 0, 0
+    for number, example in enumerate(examples):
         size = min(len(example.tokens) - 1, room - start)
         part = slice(start, start + size)
-        row[0, part] = example.tokens[:size]
-        row[1, part] = example.tokens[1 : size + 1]
-        row[2, part] = example.loss_mask[1 : size + 1]
-        row[3, part] = number
+        row[:3, part] = (
+            example.tokens[:size],
+            example.tokens[1 : size + 1],
+            example.loss_mask[1 : size + 1],
+        )
+        if number and number < len(goes_on) and goes_on[number]:
+            row[0, start] = examples[number - 1].tokens[-1]  # <|end|>, where <|bos|> would be
+        else:
+            segment += 1
+        row[3, part] = segment
         start += size
     return row
 
@@ -74,6 +84,8 @@ class SFTConfig:
     "packed rows a step"
     sequence: int = 512
     "tokens a row; several conversations share one"
+    chain: float = 0.6
+    "share of the conversations that go on in the chat of the one before them"
     matrix_lr: float = 6e-3
     "Muon's peak rate: well below pretraining's, to keep what the base has learned"
     vector_lr: float = 2e-3
@@ -100,6 +112,8 @@ class SFTConfig:
     def __post_init__(self) -> None:
         if not 0 < self.epochs < math.inf:
             raise ConfigError(f"epochs is {self.epochs}; it must be a number above 0.")
+        if not 0 <= self.chain <= 1:
+            raise ConfigError(f"chain is {self.chain}; it must be from 0 to 1.")
         if not 0 <= self.keep < 1:
             raise ConfigError(f"keep is {self.keep}; it must be 0 or more, and below 1.")
         for name in ("matrix_lr", "vector_lr"):
@@ -171,14 +185,20 @@ class PackedConversations:
 
     def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
         """Build the tensors of some rows."""
-        data = np.stack(
-            [
-                packed_row([self.examples[n] for n in row], self.config.sequence, self.pad)
-                for row in rows
-            ]
-        )
+        data = np.stack([self._row(row) for row in rows])
         inputs, targets, mask, segments = torch.from_numpy(data).unbind(1)
         return Batch(inputs, targets, mask, segments)
+
+    def _row(self, row: Sequence[int]) -> np.ndarray:
+        examples = [self.examples[n] for n in row]
+        # The row itself seeds its dice, so a resumed run throws the same.
+        dice = np.random.default_rng((self.config.seed, *row)).random(len(row))
+        goes_on = [
+            # A system message stands at the head of a chat, and only there.
+            throw < self.config.chain and not example.system
+            for throw, example in zip(dice, examples, strict=True)
+        ]
+        return packed_row(examples, self.config.sequence, self.pad, goes_on)
 
 
 def blend(model: GPT, before: Mapping[str, torch.Tensor], share: float) -> None:

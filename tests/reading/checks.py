@@ -1,15 +1,18 @@
-"""What no sheet of single prompts shows: facts in unseen words, and stories inside a chat.
+"""What no sheet of single prompts shows: facts in unseen words, facts and stories inside a chat.
 
     python tests/reading/checks.py CKPT ... [--drafts 8] [--temperature 0.5]
 
 Facts: questions of held-out conversations of the basics whose first answer a rule can check
-(tinychat/data/facts.py), 240 of d12 and 160 of d13. Stories: the second message of a chat after
-"hi" asks for a story; it is whole if it breaks no rule of chapter 11 and has at least three
-sentences. A story's first lines are printed, to be read.
+(tinychat/data/facts.py), 240 of d12 and 160 of d13. 120 of d12's are asked once more behind
+something else: a greeting, a story, one and four other conversations, held out as well. Stories:
+the second message of a chat after "hi" asks for a story; it is whole if it breaks no rule of
+chapter 11 and has at least three sentences. A story's first lines are printed, to be read.
 """
 
 import argparse
 from dataclasses import replace
+
+from panel import others
 
 from tinychat.data import corpus
 from tinychat.data.facts import Facts
@@ -34,6 +37,27 @@ SUBJECTS = (
     "king",
 )
 CHATS = 4  # for each subject
+LATER = 120  # questions of d12 that are asked once more, later in a chat
+GREETING = ("hi", "Hello! What can I do for you?")
+STORY = (
+    "tell me a short story about a fox",
+    "Once upon a time there was a little fox named Rust. One day he found a red ball by the river. "
+    "He pushed it with his nose, and it rolled to a girl. She laughed and threw it back. From then "
+    "on they played every day.",
+)
+
+
+def chats_before(count: int) -> dict[str, list[tuple[Message, ...]]]:
+    """What was said before each of `count` questions, for each kind of chat."""
+    greeting, story = (
+        (Message("user", said), Message("assistant", reply)) for said, reply in (GREETING, STORY)
+    )
+    return {
+        "a greeting": [greeting] * count,
+        "a story": [story] * count,
+        "one other": others(count, 1),
+        "four others": others(count, 4),
+    }
 
 
 def main() -> None:
@@ -64,7 +88,13 @@ def main() -> None:
                 f"  {area}: {sum(right) / len(right):.1%} of {len(right)} right, "
                 f"{sum(broken) / len(broken):.1%} break a rule"
             )
-        hello = (Message("user", "hi"),)
+        later = asked["d12"][:LATER]
+        for what, chats in chats_before(LATER).items():
+            prompts = [(*c, one.messages[0]) for c, one in zip(chats, later, strict=True)]
+            said = answer_all(model, tokenizer, prompts, sampling)
+            right = [facts.right(one, a.text) for one, a in zip(later, said, strict=True)]
+            print(f"  d12 behind {what}: {sum(right) / LATER:.1%} of {LATER} right")
+        hello = (Message("user", GREETING[0]),)
         long = replace(sampling, max_tokens=240)
         greetings = [
             answer_all(model, tokenizer, [hello], replace(sampling, seed=n))[0].text

@@ -4,7 +4,8 @@
     python tests/reading/panel.py score FOLDER MARKS ...
 
 `sheet` asks every checkpoint what nobody trained on: the four lists of this folder and opening
-messages of held-out conversations of the basics, `--openers` of them. It writes FOLDER/sheet-1.md
+messages of held-out conversations of the basics, `--openers` of them; with `--behind 2` each behind
+two held-out conversations about something else, as in a longer chat. It writes FOLDER/sheet-1.md
 and so on, each reply under a letter that the prompt's own dice chose, and FOLDER/key.json. A
 reader follows GUIDE.md and writes one line a prompt, `12 A3 B0 C1`. One file of MARKS is one
 reader's, all parts together; `score` prints a table for each, the first checkpoint the rival.
@@ -51,22 +52,38 @@ def prompts_to_read(openers: int) -> list[tuple[str, str]]:
     return [*found, *(("openers", text) for text in order[:openers])]
 
 
-def replies(name: str, prompts: list[str], seed: int) -> list[str]:
+def others(count: int, each: int) -> list[tuple[Message, ...]]:
+    """For each of `count` prompts, `each` held-out conversations of two turns in one chat."""
+    talks = [one for one in (*corpus.dialogues(), *corpus.basics()) if split_of(one.id) != "train"]
+    talks = [one for one in talks if [m.role for m in one.messages] == ["user", "assistant"]]
+    talks.sort(key=lambda one: digest("before", one.id))
+    return [
+        tuple(m for one in talks[each * n : each * (n + 1)] for m in one.messages)
+        for n in range(count)
+    ]
+
+
+def replies(
+    name: str, prompts: list[str], before: list[tuple[Message, ...]], seed: int
+) -> list[str]:
     """What CKPT:DRAFTS:TEMPERATURE says to each prompt, as the chat would."""
     checkpoint, drafts, temperature = [*name.split(":"), "8", "0.5"][:3]
     model, tokenizer, _ = load_model(find(checkpoint))
     sampling = Sampling(
         temperature=float(temperature), top_p=0.95, drafts=int(drafts), max_tokens=120, seed=seed
     )
-    asked = [[Message("user", prompt)] for prompt in prompts]
+    asked = [(*chat, Message("user", one)) for chat, one in zip(before, prompts, strict=True)]
     return [answer.text for answer in answer_all(model, tokenizer, asked, sampling)]
 
 
-def sheet(folder: Path, checkpoints: list[str], openers: int, parts: int, seed: int) -> None:
+def sheet(
+    folder: Path, checkpoints: list[str], openers: int, behind: int, parts: int, seed: int
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     asked = prompts_to_read(openers)
     prompts = [prompt for _, prompt in asked]
-    said = {name: replies(name, prompts, seed) for name in checkpoints}
+    before = others(len(prompts), behind)
+    said = {name: replies(name, prompts, before, seed) for name in checkpoints}
     dice = random.Random(seed)
     key: list[dict[str, Any]] = []
     pages: list[str] = []
@@ -78,7 +95,8 @@ def sheet(folder: Path, checkpoints: list[str], openers: int, parts: int, seed: 
             f"{letter}: {' / '.join(said[name][number - 1].splitlines()) or '(nothing)'}"
             for letter, name in letters.items()
         ]
-        pages.append("\n".join([f"### {number}. {prompt}", *shown, ""]))
+        chat = [f"({m.role}: {' / '.join(m.content.splitlines())})" for m in before[number - 1]]
+        pages.append("\n".join([*chat, f"### {number}. {prompt}", *shown, ""]))
         texts = {name: said[name][number - 1] for name in checkpoints}
         key.append({"where": where, "prompt": prompt, "letters": letters, "replies": texts})
     (folder / "key.json").write_text(json.dumps(key, indent=1, ensure_ascii=False) + "\n")
@@ -140,6 +158,7 @@ def main() -> None:
     write.add_argument("folder", type=Path)
     write.add_argument("checkpoints", nargs="+")
     write.add_argument("--openers", type=int, default=182)
+    write.add_argument("--behind", type=int, default=0)
     write.add_argument("--parts", type=int, default=4)
     write.add_argument("--seed", type=int, default=0)
     count = commands.add_parser("score")
@@ -147,7 +166,10 @@ def main() -> None:
     count.add_argument("marks", nargs="+", type=Path)
     options = parser.parse_args()
     if options.command == "sheet":
-        sheet(options.folder, options.checkpoints, options.openers, options.parts, options.seed)
+        sheet(
+            options.folder, options.checkpoints, options.openers, options.behind, options.parts,
+            options.seed,
+        )  # fmt: skip
         return
     key = json.loads((options.folder / "key.json").read_text(encoding="utf-8"))
     for path in options.marks:

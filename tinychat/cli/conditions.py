@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,40 @@ if TYPE_CHECKING:
     from tinychat.ppo import RewardFunction
     from tinychat.tokenizer import Tokenizer
 
-RARE = 0.02  # the share of replies that may say a phrase without its being a stock phrase
+RARE = 0.01  # the share of replies that may say a phrase without its being a stock phrase
 PRIOR = 32  # prompts: a batch is small, so that many written ones are counted with it
+
+
+def with_all(
+    marks: RewardFunction,
+    weights: Mapping[str, float],
+    reference: GPT,
+    pieces: Tokenizer,
+    facts: Facts,
+    checked: dict[tuple[int, ...], Dialogue],
+    written: Sequence[str],
+) -> RewardFunction:
+    """The reward of `tinychat train ppo`: the marks and every condition that has a weight.
+
+    A run that was begun before a condition existed has no weight for it. `checked` has the prompts
+    whose answer `facts` can check, `written` the replies that stock phrases are compared with.
+    """
+
+    def weighted(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
+        return weights.get("marks", 1.0) * marks(prompts, replies).cpu()
+
+    rewards: RewardFunction = weighted
+    if weight := weights.get("sure"):
+        rewards = with_sure(rewards, reference, pieces, weight)
+    if weight := weights.get("fit"):
+        rewards = with_fit(rewards, reference, pieces, weight)
+    if weight := weights.get("rules"):
+        rewards = with_rules(rewards, pieces, weight)
+    if weight := weights.get("stock"):
+        rewards = with_stock(rewards, pieces, written, weight)
+    if checked:
+        rewards = with_facts(rewards, pieces, facts, checked, weights["facts"])
+    return rewards
 
 
 def with_fit(marks: RewardFunction, gpt: GPT, pieces: Tokenizer, weight: float) -> RewardFunction:

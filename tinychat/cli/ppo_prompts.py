@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 HELD_OUT = 96  # prompts of the report
+EVERY = 3  # one prompt in so many stands behind an earlier conversation
 
 
 def find_prompts(
@@ -47,31 +48,29 @@ def find_prompts(
     found: dict[str, dict[str, list[int]]] = {"train": {}, "validation": {}, "test": {}}
     unseen: set[str] = set()
 
-    def add(part: str, messages: tuple[Message, ...]) -> None:
+    def add(part: str, messages: tuple[Message, ...], answered: bool) -> None:
+        """Keep a prompt where it is `answered` in time; an unseen one is remembered in any case."""
+        key = prompt_key(messages)
+        if part != "train":
+            unseen.add(key)
         ids = render_prompt(messages, pieces)  # whole, or not at all
-        if len(ids) <= room:
-            found[part][prompt_key(messages)] = ids
+        if answered and len(ids) <= room:
+            found[part][key] = ids
 
     def fits(reply: str) -> bool:
         return len(pieces.encode(reply)) < longest  # and the token that ends it
 
     def add_all(part: str, dialogue: Dialogue) -> None:
         for prompt in prompts_of(dialogue):
-            written = dialogue.messages[len(prompt)].content
-            if part != "train":
-                unseen.add(prompt_key(prompt))
-            if fits(written):
-                add(part, prompt)
+            add(part, prompt, fits(dialogue.messages[len(prompt)].content))
 
     for dialogue in corpus.dialogues():
         add_all(split_of(dialogue.id), dialogue)
     talks = len(found["train"])
     for group in corpus_graded():
         # Nobody wrote a reply to most of these: what the chat model said tells how long one is.
-        if 2 * sum(reply.ended and fits(reply.text) for reply in group.replies) > len(
-            group.replies
-        ):
-            add(split_of(group.id), group.prompt)
+        in_time = sum(reply.ended and fits(reply.text) for reply in group.replies)
+        add(split_of(group.id), group.prompt, 2 * in_time > len(group.replies))
     sources: dict[str, Any] = {
         "dialogues": {"licence": "CC0-1.0", "prompts": talks},
         "graded": {"licence": "CC0-1.0", "prompts": len(found["train"]) - talks},
@@ -86,7 +85,7 @@ def find_prompts(
     if folder := data_folder(data):
         for prompt in public_prompts(folder):
             if prompt[-1].role == "user" and split_of(prompt_key(prompt)) == "train":
-                add("train", prompt)
+                add("train", prompt, True)
         entry = source(PUBLIC_PROMPTS)
         sources[PUBLIC_PROMPTS] = {
             "licence": entry.licence,
@@ -94,7 +93,6 @@ def find_prompts(
             "sha256": entry.sha256,
             "prompts": len(found["train"]) - own,
         }
-    unseen |= found["validation"].keys() | found["test"].keys()
     train = [ids for key, ids in found["train"].items() if key not in unseen]
     held_out = list(found["validation"].values())[:HELD_OUT]
     if not train or not held_out:
@@ -103,6 +101,38 @@ def find_prompts(
             f"which may have {longest}; change that with --set max_tokens=32."
         )
     return train, held_out, sources
+
+
+def in_chats(
+    prompts: list[list[int]],
+    checked: Mapping[tuple[int, ...], Dialogue],
+    pieces: Tokenizer,
+    room: int,
+) -> tuple[list[list[int]], dict[tuple[int, ...], Dialogue]]:
+    """Put every third prompt behind an earlier conversation about something else.
+
+    Few messages of a chat are its first, and a reward that is only earned at the head of a chat is
+    learned only there. What the whole has no `room` for, and what begins with a system message,
+    stays as it is. Returns the prompts, and `checked` with the new ones.
+    """
+    from tinychat.data import corpus
+    from tinychat.data.preferences import digest
+    from tinychat.data.split import by_split
+    from tinychat.dialogue import render
+
+    talks = [*by_split(corpus.dialogues())["train"], *some_basics()]
+    talks.sort(key=lambda one: digest("before", one.id))
+    rendered = (render(one, pieces) for one in talks)
+    earlier = [x.tokens for x in rendered if len(x.tokens) <= room // 2 and not x.system]
+    longer, known = list(prompts), dict(checked)
+    for number in range(0, len(prompts) if earlier else 0, EVERY):
+        ids = prompts[number]
+        whole = [*earlier[number // EVERY % len(earlier)], *ids[1:]]  # the second <|bos|> goes
+        if len(whole) <= room and ids[1] != pieces.system_id:
+            longer[number] = whole
+            if one := checked.get(tuple(ids)):
+                known[tuple(whole)] = one
+    return longer, known
 
 
 def written_texts(checked: Mapping[tuple[int, ...], Dialogue]) -> list[str]:
@@ -152,7 +182,7 @@ def unseen_batches(pieces: Tokenizer, context: int) -> Iterator[Any]:
     from tinychat.dialogue import render
     from tinychat.sft import PackedConversations, SFTConfig
 
-    config = SFTConfig(batch=4, sequence=min(512, context))
+    config = SFTConfig(batch=4, sequence=min(512, context), chain=0)
     dialogues = by_split(corpus.dialogues())["validation"][:60]
     rendered = [render(one, pieces, context=config.sequence + 1) for one in dialogues]
     packed = PackedConversations(rendered, config, pieces.pad_id)

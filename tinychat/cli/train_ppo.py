@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinychat.cli.card import REPORT
-from tinychat.cli.conditions import with_facts, with_fit, with_rules, with_stock, with_sure
+from tinychat.cli.conditions import with_all
 from tinychat.cli.contestants import find_judge, find_reward, load_judge
 from tinychat.cli.outcome import lineage_of, print_next, stop_here, write_checkpoint
 from tinychat.cli.ppo_prompts import (
     checked_prompts,
     conversations_of,
     find_prompts,
+    in_chats,
     unseen_batches,
     written_texts,
 )
@@ -58,7 +59,7 @@ WEIGHTS = {  # if left out; chapters/lab_notes.md has the runs that chose them
     "sure": 0.5,
     "rules": 1.0,
     "facts": 1.0,
-    "stock": 1.0,
+    "stock": 1.5,
 }
 # What a chat model's PPO begins with; PPOConfig's own defaults are those of chapter 12's toy.
 RECIPE = (
@@ -135,8 +136,8 @@ def ppo(
         typer.Option(
             metavar="X",
             help="How much a reply loses for stock phrases, for each nat by which more replies to "
-            "other questions begin a sentence so than written ones do; 0 for nothing, 1 if left "
-            "out.",
+            "other questions begin a sentence so than written ones do; 0 for nothing, 1.5 if "
+            "left out.",
         ),
     ] = None,
     minutes: Minutes = None,
@@ -158,9 +159,9 @@ def ppo(
     from tinychat.ppo import ActorCritic, PPOConfig, collect, summary, train_ppo
     from tinychat.pretraining import LossFunction, Result, bits_per_byte, bytes_of_tokens
     from tinychat.reward_model import load_reward, score
-    from tinychat.sft import PackedConversations, SFTConfig
     from tinychat.runtime.checkpoint import file_sha256
     from tinychat.runtime.device import pick_device, set_threads
+    from tinychat.sft import PackedConversations, SFTConfig
 
     # 1. Everything that can be wrong is found before the first minute is spent.
     given = {
@@ -238,6 +239,8 @@ def ppo(
     known = Facts(basics["train"] if record.get("facts") else ())
     checked = checked_prompts(known, pieces, room)
     prompts, held_out, sources = find_prompts(data, pieces, room, config.max_tokens, checked)
+    written = written_texts(checked)
+    prompts, checked = in_chats(prompts, checked, pieces, room)
     kept = {"set": chosen, "minutes": minutes, "data": str(data) if data else None} | shared
     if not resume and rank == 0:
         write_record(folder, record | kept)
@@ -255,22 +258,15 @@ def ppo(
     from tinychat.generation import make_generator, stop_ids
 
     reference = reference.to(place)
-    marked = marks_of(marker.to(place))
-
-    def weighted(prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
-        return record.get("marks", 1.0) * marked(prompts, replies).cpu()
-
-    rewards: RewardFunction = weighted
-    if record.get("sure"):
-        rewards = with_sure(rewards, reference, pieces, record["sure"])
-    if record.get("fit"):
-        rewards = with_fit(rewards, reference, pieces, record["fit"])
-    if record.get("rules"):
-        rewards = with_rules(rewards, pieces, record["rules"])
-    if record.get("stock"):
-        rewards = with_stock(rewards, pieces, written_texts(checked), record["stock"])
-    if checked:
-        rewards = with_facts(rewards, pieces, known, checked, record["facts"])
+    rewards = with_all(
+        marks_of(marker.to(place)),
+        record,
+        reference,
+        pieces,
+        known,
+        checked,
+        written,
+    )
     unseen_facts = Facts(basics["validation"])
     tokens: dict[str, Any] = {"stop": stop_ids(pieces), "end": pieces.end_id, "pad": pieces.pad_id}
 
