@@ -301,11 +301,9 @@ def packed_row(
     for number, example in enumerate(examples):
         size = min(len(example.tokens) - 1, room - start)
         part = slice(start, start + size)
-        row[:3, part] = (
-            example.tokens[:size],
-            example.tokens[1 : size + 1],
-            example.loss_mask[1 : size + 1],
-        )
+        row[0, part] = example.tokens[:size]
+        row[1, part] = example.tokens[1 : size + 1]
+        row[2, part] = example.loss_mask[1 : size + 1]
         if number and number < len(goes_on) and goes_on[number]:
             row[0, start] = examples[number - 1].tokens[-1]  # <|end|>, where <|bos|> would be
         else:
@@ -526,22 +524,29 @@ class PackedConversations:
             while len(waiting) >= size:
                 now, waiting = waiting[:size], waiting[size:]
                 if number >= start:
-                    yield self.batch(now[rank::world])
+                    yield self.batch(now[rank::world], self.config.chain)
                 number += 1
 
-    def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
-        """Build the tensors of some rows."""
-        data = np.stack([self._row(row) for row in rows])
+    def once(self) -> Iterator[Batch]:
+        """Yield every conversation once and by itself, to measure; all batches of the same size."""
+        rows, size = self.rows(0), self.config.batch
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            yield self.batch([*part, *[[]] * (size - len(part))])
+
+    def batch(self, rows: Sequence[Sequence[int]], chain: float = 0.0) -> Batch:
+        """Build the tensors of some rows; a share `chain` goes on in the chat of the one before."""
+        data = np.stack([self._row(row, chain) for row in rows])
         inputs, targets, mask, segments = torch.from_numpy(data).unbind(1)
         return Batch(inputs, targets, mask, segments)
 
-    def _row(self, row: Sequence[int]) -> np.ndarray:
+    def _row(self, row: Sequence[int], chain: float) -> np.ndarray:
         examples = [self.examples[n] for n in row]
         # The row itself seeds its dice, so a resumed run throws the same.
         dice = np.random.default_rng((self.config.seed, *row)).random(len(row))
         goes_on = [
             # A system message stands at the head of a chat, and only there.
-            throw < self.config.chain and not example.system
+            throw < chain and not example.system
             for throw, example in zip(dice, examples, strict=True)
         ]
         return packed_row(examples, self.config.sequence, self.pad, goes_on)
@@ -631,9 +636,7 @@ PLAIN = SFTConfig(batch=2, sequence=ROOM, chain=0, compiled=False)  # to compare
 
 def held_out(count: int) -> list[Batch]:
     """The first unseen conversations, always the same."""
-    packs = PackedConversations(parts["validation"][:count], PLAIN, tokenizer.pad_id)
-    rows = packs.rows(0)
-    return [packs.batch(rows[start : start + 4]) for start in range(0, len(rows), 4)]
+    return list(PackedConversations(parts["validation"][:count], PLAIN, tokenizer.pad_id).once())
 
 
 few = parts["train"][: 4 if FAST else 16]

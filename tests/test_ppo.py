@@ -1083,10 +1083,9 @@ def test_every_condition_has_a_weight(here):
     replies = [[*pieces.encode(text), pieces.end_id] for text in ("It is Lima.", "It is Rome.")]
 
     def rewards(**weights: float) -> list[float]:
-        asked = checked if weights.get("facts") else {}
         reward = with_all(
             lambda prompts, replies: torch.tensor([1.0, 3.0]),
-            weights, gpt, pieces, facts, asked, ["It is so."],
+            weights, gpt, pieces, facts, checked, ["It is so."],
         )  # fmt: skip
         return reward(prompts, replies).tolist()
 

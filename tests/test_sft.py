@@ -133,7 +133,7 @@ def test_a_system_message_never_stands_within_a_chat():
     assert talks[0].system and not talks[1].system
     stream = PackedConversations(talks, SFTConfig(batch=1, sequence=80, chain=1), pad=0)
     for order in itertools.permutations(range(3)):
-        inputs, segments = stream._row(order)[[0, 3]]
+        inputs, segments = stream._row(order, 1)[[0, 3]]
         for token, before in itertools.pairwise(inputs.tolist()):
             if before == TOKENIZER.system_id:
                 assert token == TOKENIZER.bos_id
@@ -144,12 +144,25 @@ def test_dice_chain_the_share_that_is_asked_for(many):
     stream = PackedConversations(many, SFTConfig(batch=1, sequence=2000, chain=0.6), pad=0)
     (row,) = stream.rows(0)
     assert len(row) == 40
-    begun = [int(stream._row(stream.rows(epoch)[0])[3].max()) for epoch in range(50)]
+    begun = [int(stream._row(stream.rows(epoch)[0], 0.6)[3].max()) for epoch in range(50)]
     # The first of a row always begins a chat; of the other 39, four in ten do.
     assert np.mean(begun) == pytest.approx(1 + 39 * 0.4, abs=1.5)
-    assert begun[7] == int(stream._row(stream.rows(7)[0])[3].max()), "the same dice again"
+    assert begun[7] == int(stream._row(stream.rows(7)[0], 0.6)[3].max()), "the same dice again"
     never = PackedConversations(many, SFTConfig(batch=1, sequence=2000, chain=0), pad=0)
-    assert never._row(never.rows(0)[0])[3].max() == 40
+    assert next(never.batches()).segments_BT.max() == 40
+    always = PackedConversations(many, SFTConfig(batch=1, sequence=2000, chain=1), pad=0)
+    assert next(always.batches()).segments_BT.max() == 1
+
+
+def test_what_is_measured_is_every_conversation_by_itself(many):
+    stream = PackedConversations(many, SFTConfig(batch=3, sequence=40, chain=1), pad=0)
+    batches = list(stream.once())
+    assert {tuple(batch.inputs_BT.shape) for batch in batches} == {(3, 40)}
+    begun = sum(int(row.max()) for batch in batches for row in batch.segments_BT)
+    assert begun == 40, "no chats, though training would make some"
+    assert sum(int(batch.mask_BT.sum()) for batch in batches) == sum(
+        sum(one.loss_mask) for one in many
+    )
 
 
 def test_a_row_is_used_to_the_last_place():

@@ -89,7 +89,7 @@ def test_the_card_is_up_to_date():
 def test_recorded_bits_per_byte_can_be_measured_again():
     """On the replies that training never saw; bfloat16 against float32 leaves a small gap."""
     model, tokenizer, info = load_model(FOLDER / "sft.safetensors")
-    config = SFTConfig(sequence=info.lineage["settings"]["sequence"], chain=0)
+    config = SFTConfig(sequence=info.lineage["settings"]["sequence"])
     held_out = [
         render(dialogue, tokenizer, context=config.sequence + 1)
         for dialogue in corpus.dialogues()

@@ -18,7 +18,7 @@ from tinychat.data import corpus
 from tinychat.data.facts import Facts
 from tinychat.data.onpolicy import flaw_of
 from tinychat.data.preferences import digest
-from tinychat.data.records import Message
+from tinychat.data.records import Dialogue, Message
 from tinychat.data.split import split_of
 from tinychat.evaluation import answer_all
 from tinychat.generation import Sampling
@@ -68,10 +68,14 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=3, help="stories to print")
     options = parser.parse_args()
     facts = Facts(corpus.basics())
-    asked = {}
+    rounds: dict[str, list[tuple[tuple[Message, ...], Dialogue]]] = {}
     for area, count in FACTS.items():
         some = [x for x in facts.asked if x.id.startswith(area) and split_of(x.id) != "train"]
-        asked[area] = sorted(some, key=lambda one: digest("facts", one.id))[:count]
+        some.sort(key=lambda one: digest("facts", one.id))
+        rounds[area] = [((), one) for one in some[:count]]
+    later = [one for _, one in rounds["d12"][:LATER]]
+    for what, chats in chats_before(LATER).items():
+        rounds[f"d12 behind {what}"] = list(zip(chats, later, strict=True))
     for name in options.checkpoints:
         model, tokenizer, info = load_model(find(name))
         sampling = Sampling(
@@ -79,21 +83,15 @@ def main() -> None:
             seed=0,
         )  # fmt: skip
         print(f"{info.path} ({info.stage}), {options.drafts} drafts at {options.temperature}")
-        for area, some in asked.items():
-            prompts = [one.messages[:1] for one in some]
+        for what, chats in rounds.items():
+            prompts = [(*before, one.messages[0]) for before, one in chats]
             said = answer_all(model, tokenizer, prompts, sampling)
-            right = [facts.right(one, a.text) for one, a in zip(some, said, strict=True)]
+            right = [facts.right(one, a.text) for (_, one), a in zip(chats, said, strict=True)]
             broken = [bool(flaw_of(p, a.text, a.ended)) for p, a in zip(prompts, said, strict=True)]
             print(
-                f"  {area}: {sum(right) / len(right):.1%} of {len(right)} right, "
+                f"  {what}: {sum(right) / len(right):.1%} of {len(right)} right, "
                 f"{sum(broken) / len(broken):.1%} break a rule"
             )
-        later = asked["d12"][:LATER]
-        for what, chats in chats_before(LATER).items():
-            prompts = [(*c, one.messages[0]) for c, one in zip(chats, later, strict=True)]
-            said = answer_all(model, tokenizer, prompts, sampling)
-            right = [facts.right(one, a.text) for one, a in zip(later, said, strict=True)]
-            print(f"  d12 behind {what}: {sum(right) / LATER:.1%} of {LATER} right")
         hello = (Message("user", GREETING[0]),)
         long = replace(sampling, max_tokens=240)
         greetings = [

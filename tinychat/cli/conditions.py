@@ -49,8 +49,8 @@ def with_all(
         rewards = with_rules(rewards, pieces, weight)
     if weight := weights.get("stock"):
         rewards = with_stock(rewards, pieces, written, weight)
-    if checked:
-        rewards = with_facts(rewards, pieces, facts, checked, weights["facts"])
+    if weight := weights.get("facts"):
+        rewards = with_facts(rewards, pieces, facts, checked, weight)
     return rewards
 
 

@@ -182,9 +182,7 @@ def unseen_batches(pieces: Tokenizer, context: int) -> Iterator[Any]:
     from tinychat.dialogue import render
     from tinychat.sft import PackedConversations, SFTConfig
 
-    config = SFTConfig(batch=4, sequence=min(512, context), chain=0)
+    config = SFTConfig(batch=4, sequence=min(512, context))
     dialogues = by_split(corpus.dialogues())["validation"][:60]
     rendered = [render(one, pieces, context=config.sequence + 1) for one in dialogues]
-    packed = PackedConversations(rendered, config, pieces.pad_id)
-    rows = packed.rows(0)
-    return (packed.batch(rows[first : first + 4]) for first in range(0, len(rows), 4))
+    return PackedConversations(rendered, config, pieces.pad_id).once()

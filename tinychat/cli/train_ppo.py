@@ -239,7 +239,7 @@ def ppo(
     known = Facts(basics["train"] if record.get("facts") else ())
     checked = checked_prompts(known, pieces, room)
     prompts, held_out, sources = find_prompts(data, pieces, room, config.max_tokens, checked)
-    written = written_texts(checked)
+    written = written_texts(checked)  # before a question stands among the checked ones twice
     prompts, checked = in_chats(prompts, checked, pieces, room)
     kept = {"set": chosen, "minutes": minutes, "data": str(data) if data else None} | shared
     if not resume and rank == 0:

@@ -229,15 +229,7 @@ def sft(
         update_record(folder, record, set=chosen, minutes=minutes, processes=world, rows=rows)
 
     def batches_of(unseen: list[Dialogue]) -> Callable[[], Iterator[Batch]]:
-        held_out = PackedConversations(rendered(unseen), replace(config, chain=0), pieces.pad_id)
-        rows = held_out.rows(0)
-
-        def batches() -> Iterator[Batch]:
-            for first in range(0, len(rows), config.batch):
-                part = rows[first : first + config.batch]
-                yield held_out.batch([*part, *[[]] * (config.batch - len(part))])
-
-        return batches
+        return PackedConversations(rendered(unseen), config, pieces.pad_id).once
 
     validation = batches_of(talks["validation"])
 
