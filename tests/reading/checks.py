@@ -12,7 +12,7 @@ chapter 11 and has at least three sentences. A story's first lines are printed, 
 import argparse
 from dataclasses import replace
 
-from panel import others
+from panel import as_the_chat, others
 
 from tinychat.data import corpus
 from tinychat.data.facts import Facts
@@ -21,7 +21,6 @@ from tinychat.data.preferences import digest
 from tinychat.data.records import Dialogue, Message
 from tinychat.data.split import split_of
 from tinychat.evaluation import answer_all
-from tinychat.generation import Sampling
 from tinychat.gpt import load_model
 from tinychat.runtime.checkpoint import find
 
@@ -78,10 +77,7 @@ def main() -> None:
         rounds[f"d12 behind {what}"] = list(zip(chats, later, strict=True))
     for name in options.checkpoints:
         model, tokenizer, info = load_model(find(name))
-        sampling = Sampling(
-            temperature=options.temperature, top_p=0.95, drafts=options.drafts, max_tokens=120,
-            seed=0,
-        )  # fmt: skip
+        sampling = as_the_chat(options.drafts, options.temperature)
         print(f"{info.path} ({info.stage}), {options.drafts} drafts at {options.temperature}")
         for what, chats in rounds.items():
             prompts = [(*before, one.messages[0]) for before, one in chats]

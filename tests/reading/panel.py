@@ -63,15 +63,18 @@ def others(count: int, each: int) -> list[tuple[Message, ...]]:
     ]
 
 
+def as_the_chat(drafts: int = 8, temperature: float = 0.5, seed: int = 0) -> Sampling:
+    """How the chat speaks, with what a measurement varies."""
+    return Sampling(temperature=temperature, top_p=0.95, drafts=drafts, max_tokens=120, seed=seed)
+
+
 def replies(
     name: str, prompts: list[str], before: list[tuple[Message, ...]], seed: int
 ) -> list[str]:
     """What CKPT:DRAFTS:TEMPERATURE says to each prompt, as the chat would."""
     checkpoint, drafts, temperature = [*name.split(":"), "8", "0.5"][:3]
     model, tokenizer, _ = load_model(find(checkpoint))
-    sampling = Sampling(
-        temperature=float(temperature), top_p=0.95, drafts=int(drafts), max_tokens=120, seed=seed
-    )
+    sampling = as_the_chat(int(drafts), float(temperature), seed)
     asked = [(*chat, Message("user", one)) for chat, one in zip(before, prompts, strict=True)]
     return [answer.text for answer in answer_all(model, tokenizer, asked, sampling)]
 

@@ -10,10 +10,12 @@ texts nor model. Prompts that a training conversation opens with, word for word,
 import argparse
 from pathlib import Path
 
+from panel import as_the_chat
+
 from tinychat.data import corpus
 from tinychat.data.records import Message
 from tinychat.dialogue import render_prompt
-from tinychat.generation import Sampling, stop_ids, stream
+from tinychat.generation import stop_ids, stream
 from tinychat.gpt import load_model
 from tinychat.runtime.checkpoint import find
 
@@ -33,10 +35,7 @@ def main() -> None:
     model, tokenizer, info = load_model(find(options.checkpoint))
     training = [*corpus.dialogues(), *corpus.basics()]
     known = {plain(dialogue.messages[0].content) for dialogue in training}
-    sampling = Sampling(
-        temperature=options.temperature, top_p=0.95, drafts=options.drafts, max_tokens=120,
-        seed=options.seed,
-    )  # fmt: skip
+    sampling = as_the_chat(options.drafts, options.temperature, options.seed)
     print(
         f"{info.path} ({info.stage}), temperature {options.temperature}, "
         f"{options.drafts} drafts, seed {options.seed}\n"
