@@ -119,7 +119,7 @@ def with_stock(
     A stock phrase fits everywhere, so a chat model holds it for likely, and a reward that begins
     with log-probabilities likes it. It shows in many replies at once: what more replies to *other*
     prompts begin a sentence with than `written` ones do costs the logarithm of that ratio. What one
-    in fifty says is never worn out.
+    in a hundred says is never worn out.
     """
     import torch
 
