@@ -97,6 +97,7 @@ from tinychat.data.preferences import (
     Reply,
     by_part,
     corpus_answered,
+    corpus_flawed,
     corpus_graded,
     corpus_ranked,
     for_judge,
@@ -149,6 +150,20 @@ for group in everything:
         counts[reply.flaw] += 1
 print(f"{len(everything)} prompts; the flaws of the worse replies:")
 print(", ".join(f"{flaw} {n}" for flaw, n in sorted(counts.items(), key=lambda pair: -pair[1])))
+
+# %% [markdown]
+# Short everyday messages have flawed replies, too, three to each: among the basics of chapter 10. The
+# writers were told which flaw to write, so that the rare ones are there, and to be as long as the good
+# reply. `tinychat train reward` learns from these as well; here the first kind is enough.
+
+# %%
+flawed = corpus_flawed()
+print(
+    f"{len(flawed):,} prompts, {sum(len(group.replies) - 1 for group in flawed):,} flawed replies"
+)
+print(f"> {flawed[0].prompt[-1].content}")
+for reply in flawed[0].replies:
+    print(f"  {reply.rank}. {reply.flaw or 'good':12} {reply.text}")
 
 # %% [markdown]
 # Some prompts must be kept aside, to find out what was learned and what was only memorised. There is

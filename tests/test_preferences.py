@@ -1,6 +1,7 @@
 """Ranked replies: readers, the split by prompt, the judge's half, votes, rules for samples."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tinychat.data.preferences import (
     Ranked,
     Reply,
     by_part,
+    corpus_flawed,
     corpus_graded,
     corpus_ranked,
     for_judge,
@@ -76,6 +78,27 @@ def test_the_corpus_is_ranked_with_the_flaw_of_each_worse_reply():
         assert not group.replies[0].flaw and all(reply.flaw for reply in group.replies[1:])
         assert group.prompt[-1].role == "user"
         assert len(group.pairs) == len(group.replies) * (len(group.replies) - 1) // 2
+
+
+def test_flawed_replies_to_the_basics_stand_behind_the_written_one():
+    known = {one.id: one for one in corpus.basics()}
+    groups = corpus_flawed()
+    assert len(groups) > 1000
+    for group in groups:
+        assert group.source == "everyday" and group.prompt == known[group.id].messages[:-1]
+        good, *worse = group.replies
+        assert good.text == known[group.id].messages[-1].content and not good.flaw
+        assert worse and all(reply.flaw and reply.text != good.text for reply in worse)
+    flaws = Counter(reply.flaw for group in groups for reply in group.replies[1:])
+    named = {reply.flaw for group in corpus_ranked() for reply in group.replies[1:]}
+    assert set(flaws) == named, "the same flaws by the same names"
+    # A flaw must not show in the length: shorter and longer ones are both frequent.
+    shorter = [
+        len(reply.text.split()) < len(group.replies[0].text.split())
+        for group in groups
+        for reply in group.replies[1:]
+    ]
+    assert 0.25 < sum(shorter) / len(shorter) < 0.75
 
 
 def test_graded_replies_stay_in_their_prompts_part_and_differ():

@@ -114,6 +114,7 @@ def reward(
     from tinychat.data.preferences import (
         by_part,
         corpus_answered,
+        corpus_flawed,
         corpus_graded,
         corpus_ranked,
         for_judge,
@@ -199,7 +200,8 @@ def reward(
 
     # 2. Ranked replies. Half of the training prompts are the judge's alone; votes never are.
     own_votes = read_votes(Path(record["votes"])) if record["votes"] else []
-    ranked = [*corpus_ranked(), *corpus_graded(), *(public_ranked(public) if public else [])]
+    ranked = [*corpus_ranked(), *corpus_flawed(), *corpus_graded()]
+    ranked += public_ranked(public) if public else []
     rated = list(read_rated(public)) if public else []
     parts = by_part(ranked)
     half = [group for group in parts["train"] if for_judge(group.prompt) == record["judge"]]

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from tinychat.gpt import GPT
 
 
+EVERYDAY = 2  # readings of what was written one by one, for each reading of the other basics
+
+
 def own_dialogues(
     files: Sequence[str],
     keep_all: bool,
@@ -210,7 +213,8 @@ def sft(
     ours, theirs = by_split(corpus.dialogues()), by_split(own)
     talks = {side: [*ours[side], *theirs[side]] for side in ours}
     basics = by_split(corpus.basics())
-    train, simple = rendered(talks["train"]), rendered(basics["train"])
+    everyday = by_split(corpus.everyday())["train"]
+    train = rendered([*talks["train"], *basics["train"], *everyday * (EVERYDAY - 1)])
     if not resume and rank == 0:
         write_record(
             folder,
@@ -239,7 +243,7 @@ def sft(
     with training_progress("sft", model.config.parameters, rank == 0) as (show, stop):
         result = finetune(
             model,
-            train + simple,
+            train,
             config,
             folder,
             pad=pieces.pad_id,
@@ -271,7 +275,7 @@ def sft(
         result,
         data={
             "dialogues": {"licence": "CC0-1.0", "conversations": len(ours["train"])},
-            "basics": {"licence": "CC0-1.0", "conversations": len(simple)},
+            "basics": {"licence": "CC0-1.0", "conversations": len(basics["train"])},
             **records_of(files),
         },
         settings=asdict(config),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinychat.data.corpus import dialogues, graded
+from tinychat.data.corpus import basics, dialogues, graded
 from tinychat.data.jsonl import parse_dialogue, parse_lines, read_lines, whole_lines
 from tinychat.data.public import source_path
 from tinychat.data.records import Dialogue, Message
@@ -129,19 +129,20 @@ def by_part(groups: Iterable[Ranked]) -> dict[Split, list[Ranked]]:
 
 def corpus_ranked() -> list[Ranked]:
     """Return the embedded corpus's ranked replies: the written one, then the rejected ones."""
-    return [
-        Ranked(
-            prompt=dialogue.messages[:-1],
-            replies=(
-                Reply(dialogue.messages[-1].content, 0),
-                *(Reply(r.content, n, r.flaw) for n, r in enumerate(dialogue.rejected, 1)),
-            ),
-            source="corpus",
-            id=dialogue.id,
-        )
-        for dialogue in dialogues()
-        if dialogue.rejected
-    ]
+    return list(_with_rejected(dialogues(), "corpus"))
+
+
+def corpus_flawed() -> list[Ranked]:
+    """Return the basics to which flawed replies were written: the good one, then those."""
+    return list(_with_rejected(basics(), "everyday"))
+
+
+def _with_rejected(some: Iterable[Dialogue], source: str) -> Iterator[Ranked]:
+    for one in some:
+        if one.rejected:
+            worse = (Reply(r.content, n, r.flaw) for n, r in enumerate(one.rejected, 1))
+            replies = (Reply(one.messages[-1].content, 0), *worse)
+            yield Ranked(one.messages[:-1], replies, source, one.id)
 
 
 def corpus_graded() -> list[Ranked]:
