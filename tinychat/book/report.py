@@ -126,7 +126,11 @@ def _reward(info: CheckpointInfo | None) -> list[str]:
             of_length = metrics["length_correlation"]
             told.append(f"its marks and the replies' lengths correlate by {of_length:+.2f}")
         parts.append("; ".join(told) + ".")
-    for key, title in (("by_flaw", "flaw of the worse reply"), ("by_source", "pairs from")):
+    for key, title in (
+        ("by_flaw", "flaw of the worse reply"),
+        ("by_flaw_everyday", "flaw, of everyday messages"),
+        ("by_source", "pairs from"),
+    ):
         if metrics.get(key):
             rows = [
                 [name, f"{count:,}", f"{right:.1%}", f"{words:.1%}"]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from tinychat.data.groups import Group
     from tinychat.data.preferences import Rated
-    from tinychat.reward_model import RewardModel
+    from tinychat.reward_model import Judged, RewardModel
     from tinychat.tokenizer import Tokenizer
 
 RATED = 400  # replies with a poor mark, and with an excellent one
@@ -56,6 +56,14 @@ def report(
             for name, (share, count) in model.items()
         }
 
+    def by_flaw(judged: list[Judged], baseline: list[Judged]) -> Any:
+        return beside(
+            *(
+                accuracy_by((pair for pair in some if pair.flaw), lambda pair: pair.flaw)
+                for some in (judged, baseline)
+            )
+        )
+
     def on(part: str) -> float:
         here = [n for n, group in enumerate(ours) if split_of(group.ranked.id) == part]
         return accuracy(judge([ours[n] for n in here], [theirs[n] for n in here]))
@@ -67,9 +75,9 @@ def report(
         "pairs": len(judged),
         "accuracy_validation": on("validation"),
         "accuracy_test": on("test"),
-        "by_flaw": beside(
-            accuracy_by((pair for pair in judged if pair.flaw), lambda pair: pair.flaw),
-            accuracy_by((pair for pair in baseline if pair.flaw), lambda pair: pair.flaw),
+        "by_flaw": by_flaw(judged, baseline),
+        "by_flaw_everyday": by_flaw(
+            *([pair for pair in some if pair.source == "everyday"] for some in (by_model, by_bag))
         ),
         "by_source": beside(
             accuracy_by(by_model, lambda pair: pair.source),
@@ -106,13 +114,22 @@ def rank_ratings(model: RewardModel, pieces: Tokenizer, rated: Sequence[Rated]) 
     return [round(float(higher), 4), len(marks["excellent"]), len(marks["poor"])]
 
 
+def within(by_flaw: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The lines of a source's flaws, set in under its own."""
+    return [(f"  {flaw}", line) for flaw, line in by_flaw.items()]
+
+
 def print_report(metrics: dict[str, Any]) -> None:
     """The held-out table, with the word counter beside every line."""
     print(f"\nHeld-out pairs in the right order\n{'':30} pairs  model  words")
     total = [metrics["accuracy"], metrics["pairs"], metrics["baseline"]]
-    lines = {"our corpus": total, **metrics["by_flaw"]}
-    lines |= {name: line for name, line in metrics["by_source"].items() if name != "corpus"}
-    for name, (share, count, words) in lines.items():
+    lines = [("our corpus", total), *within(metrics["by_flaw"])]
+    for name, line in metrics["by_source"].items():
+        if name != "corpus":
+            lines.append((name, line))
+        if name == "everyday":
+            lines += within(metrics["by_flaw_everyday"])
+    for name, (share, count, words) in lines:
         print(f"{name:30} {count:5} {share:6.1%} {words:6.1%}")
     print(f"The network without its word weights: {metrics['accuracy_network']:.1%} of our corpus")
     print(f"Correlation of mark and length: {metrics['length_correlation']:+.2f}")
