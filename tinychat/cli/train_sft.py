@@ -46,9 +46,6 @@ if TYPE_CHECKING:
     from tinychat.gpt import GPT
 
 
-EVERYDAY = 2  # readings of what was written one by one, for each reading of the other basics
-
-
 def own_dialogues(
     files: Sequence[str],
     keep_all: bool,
@@ -213,8 +210,7 @@ def sft(
     ours, theirs = by_split(corpus.dialogues()), by_split(own)
     talks = {side: [*ours[side], *theirs[side]] for side in ours}
     basics = by_split(corpus.basics())
-    everyday = by_split(corpus.everyday())["train"]
-    train = rendered([*talks["train"], *basics["train"], *everyday * (EVERYDAY - 1)])
+    train = rendered([*talks["train"], *basics["train"]])
     if not resume and rank == 0:
         write_record(
             folder,

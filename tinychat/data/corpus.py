@@ -6,8 +6,6 @@ from importlib.resources import files
 from tinychat.data.jsonl import parse_dialogue, parse_lines
 from tinychat.data.records import Dialogue, Document
 
-ONE_BY_ONE = "d15_"  # how their ids begin
-
 
 def _read(name: str) -> list[tuple[str, dict[str, object]]]:
     file = files("tinychat.data").joinpath("corpus", name)
@@ -43,14 +41,6 @@ def basics() -> list[Dialogue]:
     that were not trained on for something that was.
     """
     return list(_dialogues("basics"))
-
-
-def everyday() -> list[Dialogue]:
-    """Return the basics that were written one by one, each about a situation of its own.
-
-    The others put what they say into many wordings, so a reading of these teaches less of each.
-    """
-    return [one for one in basics() if one.id.startswith(ONE_BY_ONE)]
 
 
 def graded() -> list[tuple[str, dict[str, object]]]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinychat.data.corpus import basics, dialogues, graded
@@ -133,8 +133,17 @@ def corpus_ranked() -> list[Ranked]:
 
 
 def corpus_flawed() -> list[Ranked]:
-    """Return the basics to which flawed replies were written: the good one, then those."""
-    return list(_with_rejected(basics(), "everyday"))
+    """Return the basics to which flawed replies were written: the good one, then those.
+
+    The flawed ones are of equal rank: their writers did not agree on which flaw is worse.
+    """
+    flawed = _with_rejected(basics(), "everyday")
+    return [
+        replace(
+            one, replies=tuple(replace(reply, rank=min(reply.rank, 1)) for reply in one.replies)
+        )
+        for one in flawed
+    ]
 
 
 def _with_rejected(some: Iterable[Dialogue], source: str) -> Iterator[Ranked]:
