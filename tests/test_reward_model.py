@@ -575,10 +575,8 @@ def test_the_command_trains_measures_and_writes(here):
     assert 0 <= metrics["accuracy"] <= 1 and metrics["baseline"] > 0.6
     assert sum(count for _, count, _ in metrics["by_flaw"].values()) > 200
     everyday = metrics["by_flaw_everyday"]
-    assert everyday.keys() == metrics["by_flaw"].keys()
-    assert (
-        400 < sum(count for _, count, _ in everyday.values()) < metrics["by_source"]["everyday"][1]
-    )
+    assert sum(count for _, count, _ in everyday.values()) == metrics["by_source"]["everyday"][1]
+    assert {"rude", "wrong", "ignores", "overclaim"} < everyday.keys()
     assert "\n  rude" in result.output
     assert set(metrics["by_source"]) >= {"corpus", "on-policy"}
     assert -1 <= metrics["length_correlation"] <= 1
