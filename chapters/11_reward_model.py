@@ -154,7 +154,8 @@ print(", ".join(f"{flaw} {n}" for flaw, n in sorted(counts.items(), key=lambda p
 # %% [markdown]
 # Short everyday messages have flawed replies, too, three to each: among the basics of chapter 10. The
 # writers were told which flaw to write, so that the rare ones are there, and to be as long as the good
-# reply; among themselves these have no order. `tinychat train reward` learns from these as well; here the first kind is enough.
+# reply; among themselves these have no order. `tinychat train reward` learns from these as well; here
+# the first kind is enough.
 
 # %%
 flawed = corpus_flawed()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from tinychat.data.groups import Group
     from tinychat.data.preferences import Rated
-    from tinychat.reward_model import Judged, RewardModel
+    from tinychat.reward_model import RewardModel
     from tinychat.tokenizer import Tokenizer
 
 RATED = 400  # replies with a poor mark, and with an excellent one
@@ -56,11 +56,14 @@ def report(
             for name, (share, count) in model.items()
         }
 
-    def by_flaw(judged: list[Judged], baseline: list[Judged]) -> Any:
+    def by_flaw(source: str) -> Any:
         return beside(
             *(
-                accuracy_by((pair for pair in some if pair.flaw), lambda pair: pair.flaw)
-                for some in (judged, baseline)
+                accuracy_by(
+                    (pair for pair in some if pair.flaw and pair.source == source),
+                    lambda pair: pair.flaw,
+                )
+                for some in (by_model, by_bag)
             )
         )
 
@@ -75,10 +78,8 @@ def report(
         "pairs": len(judged),
         "accuracy_validation": on("validation"),
         "accuracy_test": on("test"),
-        "by_flaw": by_flaw(judged, baseline),
-        "by_flaw_everyday": by_flaw(
-            *([pair for pair in some if pair.source == "everyday"] for some in (by_model, by_bag))
-        ),
+        "by_flaw": by_flaw("corpus"),
+        "by_flaw_everyday": by_flaw("everyday"),
         "by_source": beside(
             accuracy_by(by_model, lambda pair: pair.source),
             accuracy_by(by_bag, lambda pair: pair.source),

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tinychat.data.corpus import basics, dialogues, graded
@@ -129,7 +129,7 @@ def by_part(groups: Iterable[Ranked]) -> dict[Split, list[Ranked]]:
 
 def corpus_ranked() -> list[Ranked]:
     """Return the embedded corpus's ranked replies: the written one, then the rejected ones."""
-    return list(_with_rejected(dialogues(), "corpus"))
+    return list(_with_rejected(dialogues(), "corpus", ordered=True))
 
 
 def corpus_flawed() -> list[Ranked]:
@@ -137,19 +137,16 @@ def corpus_flawed() -> list[Ranked]:
 
     The flawed ones are of equal rank: their writers did not agree on which flaw is worse.
     """
-    flawed = _with_rejected(basics(), "everyday")
-    return [
-        replace(
-            one, replies=tuple(replace(reply, rank=min(reply.rank, 1)) for reply in one.replies)
-        )
-        for one in flawed
-    ]
+    return list(_with_rejected(basics(), "everyday", ordered=False))
 
 
-def _with_rejected(some: Iterable[Dialogue], source: str) -> Iterator[Ranked]:
+def _with_rejected(some: Iterable[Dialogue], source: str, *, ordered: bool) -> Iterator[Ranked]:
+    """Yield the conversations with rejected replies; `ordered`, the first of these is the best."""
     for one in some:
         if one.rejected:
-            worse = (Reply(r.content, n, r.flaw) for n, r in enumerate(one.rejected, 1))
+            worse = (
+                Reply(r.content, n if ordered else 1, r.flaw) for n, r in enumerate(one.rejected, 1)
+            )
             replies = (Reply(one.messages[-1].content, 0), *worse)
             yield Ranked(one.messages[:-1], replies, source, one.id)
 
