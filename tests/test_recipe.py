@@ -18,11 +18,11 @@ def test_wishes_are_shares_of_sources_that_exist():
 
 
 def test_by_hand():
-    # 1,000 tokens are wanted. Ten tokens of dialogues may be read 8 times: a share of 0.08, less
-    # than the wish of 6 / 27. What is left, 0.92, is shared out 20 to 1.
+    # 1,000 tokens are wanted. Ten tokens of dialogues may be read 16 times: a share of 0.16, less
+    # than the wish of 6 / 27. What is left, 0.84, is shared out 20 to 1.
     available = {"tinystories_sample": 10_000, "dialogues": 10, "stories": 1_000}
     assert shares(available, 1_000, final=False) == pytest.approx(
-        {"dialogues": 0.08, "tinystories_sample": 0.92 * 20 / 21, "stories": 0.92 / 21}
+        {"dialogues": 0.16, "tinystories_sample": 0.84 * 20 / 21, "stories": 0.84 / 21}
     )
 
 
@@ -40,6 +40,16 @@ def test_limits_stretch_when_everything_is_short():
     # 8 passes over 40 tokens make 320 of 1,000: all limits grow by the same factor, 1 / 0.32.
     found = shares({"stories": 10, "explanations": 30}, 1_000, final=False)
     assert found == pytest.approx({"stories": 0.25, "explanations": 0.75})
+
+
+def test_what_was_read_before_counts_against_the_limit():
+    # Dialogues may be read 16 times: 160 of 1,000 tokens, of which 100 are already behind the
+    # model. Stories were read more often than the limit allows, and may be read once more: 20.
+    available = {"tinystories_sample": 10_000, "dialogues": 10, "stories": 20}
+    read = {"dialogues": 100.0, "stories": 500.0}
+    assert shares(available, 1_000, final=False, read=read) == pytest.approx(
+        {"dialogues": 0.06, "stories": 0.02, "tinystories_sample": 0.92}
+    )
 
 
 def test_a_file_of_your_own_counts_as_stories_do():

@@ -18,6 +18,7 @@ from fakes import TORCHRUN
 from typer.testing import CliRunner
 
 from tinychat.cli.app import app
+from tinychat.cli.outcome import tokens_read
 from tinychat.cli.processes import check_shared_alike
 from tinychat.cli.progress import SAMPLE_PROMPTS, clock
 from tinychat.cli.runs import (
@@ -598,6 +599,15 @@ def test_override_parses_each_kind():
     assert (config.batch, config.matrix_lr, config.compiled) == (4, 1e-3, False)
     with pytest.raises(ConfigError, match="true or false"):
         override(TrainConfig(), ["compiled=yes"])
+
+
+def test_tokens_read_counts_all_that_a_model_began_with():
+    first = {"data": {"a": {"tokens": 100, "passes": 2.5}, "b": {"tokens": 10, "passes": 1}}}
+    tuned = {"data": {"b": {"conversations": 7}}, "ancestors": [first]}
+    third = {"data": {"b": {"tokens": 20, "passes": 0.5}, "c": {"tokens": 4, "passes": 3}}}
+    third["ancestors"] = [tuned]
+    assert tokens_read(third) == {"a": 250, "b": 20, "c": 12}
+    assert tokens_read({}) == {}
 
 
 def test_clock():

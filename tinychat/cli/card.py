@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tinychat.cli.info import machine, size
+from tinychat.cli.outcome import descent
 from tinychat.runtime.checkpoint import STAGES, CheckpointInfo, read_info
 from tinychat.runtime.errors import CheckpointError
 
@@ -50,14 +51,6 @@ def card(folder: Path) -> str:
         "judge for yourself.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def descent(lineage: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A lineage, that of the model it began with, and so on back to random weights."""
-    yield lineage
-    while lineage.get("ancestors"):
-        lineage = lineage["ancestors"][0]
-        yield lineage
 
 
 def readings_before(lineage: Mapping[str, Any]) -> list[str]:

@@ -295,16 +295,25 @@ def make_shards(
     }
 
 
-def make_mix(train: Mapping[str, TokenShard], sequence: int, seed: int, total: int) -> Any:
-    """The recipe's mix for a run of `total` sequences: a main phase and a final one."""
+def make_mix(
+    train: Mapping[str, TokenShard],
+    sequence: int,
+    seed: int,
+    total: int,
+    read: Mapping[str, float] | None = None,
+) -> Any:
+    """The recipe's mix for a run of `total` sequences: a main phase and a final one.
+
+    `read`: the tokens by source that the weights have met before this run.
+    """
     from tinychat.data.mix import Mix, Phase
     from tinychat.data.recipe import FINAL, shares
 
     sizes = {name: shard.tokens for name, shard in train.items()}
     tokens = float(total * sequence)
     phases = [
-        Phase(1 - FINAL, shares(sizes, tokens, final=False)),
-        Phase(1.0, shares(sizes, tokens, final=True)),
+        Phase(1 - FINAL, shares(sizes, tokens, final=False, read=read)),
+        Phase(1.0, shares(sizes, tokens, final=True, read=read)),
     ]
     return Mix(train, phases, sequence=sequence, seed=seed, total=total)
 

@@ -16,6 +16,7 @@ from tinychat.cli.outcome import (
     print_next,
     source_record,
     stop_here,
+    tokens_read,
     write_checkpoint,
 )
 from tinychat.cli.processes import check_shared_alike, first_alone, join_processes
@@ -160,9 +161,11 @@ def base(
     # 3. The model.
     torch.manual_seed(config.seed)
     origin: dict[str, Any] = {}
+    read: dict[str, float] = {}
     if start is not None:
         model, own, info = load_model(find_checkpoint(start))
         origin = {"parent_sha256": file_sha256(info.path), "ancestors": [info.lineage]}
+        read = tokens_read(info.lineage)
         if own.sha256 != pieces.sha256:
             raise ConfigError(f"{start} has another tokenizer; start from one with the same.")
         shape = model.config
@@ -192,7 +195,7 @@ def base(
         update_record(folder, record, **now, processes=world, rows=rows)
 
     def batches_from(micro_step: int, micro_steps: int) -> Iterator[Batch]:
-        mix = make_mix(train, config.sequence, config.seed, micro_steps * rows)
+        mix = make_mix(train, config.sequence, config.seed, micro_steps * rows, read)
         return mix.batches(micro_step, rows, micro_steps - micro_step, rank, world)
 
     here = shards["validation"]
@@ -230,7 +233,7 @@ def base(
     model.eval()
     measure = LossFunction(model, dtype=config.dtype, compiled=False)
     bits = {name: bits_per_byte(measure, windows(name, 4)(), token_bytes_V) for name in here}
-    mix = make_mix(train, config.sequence, config.seed, result.steps * rows)
+    mix = make_mix(train, config.sequence, config.seed, result.steps * rows, read)
     lineage = lineage_of(
         result,
         data={

@@ -21,8 +21,8 @@ WISHES: dict[str, tuple[float, float, float]] = {
     "onestop_english": (0.03, 0.03, 5),
     "stories": (0.01, 0.02, 8),
     "explanations": (0.01, 0.02, 8),
-    "dialogues": (0.06, 0.18, 8),
-    "basics": (0.02, 0.45, 22),
+    "dialogues": (0.06, 0.18, 16),
+    "basics": (0.06, 0.45, 22),
     "self_dialogue": (0.10, 0.08, 6),
     "synthetic_persona_chat": (0.03, 0.05, 6),
     "chitchat_byu_clean": (0.02, 0.02, 6),
@@ -43,13 +43,22 @@ FINAL = 0.3
 "the last part of a run, in which the learning rate falls, reads the second column"
 
 
-def shares(available: Mapping[str, int], tokens: float, *, final: bool) -> dict[str, float]:
+def shares(
+    available: Mapping[str, int],
+    tokens: float,
+    *,
+    final: bool,
+    read: Mapping[str, float] | None = None,
+) -> dict[str, float]:
     """Return each source's share of `tokens`, summing to 1.
 
     `available` holds tokens by source; a source that WISHES does not name (a user's own file)
-    counts as OWN. Where limits leave too little text for the budget, all limits stretch by
+    counts as OWN. `read` holds the tokens by source that the weights have met in earlier runs:
+    they count against the limit, except that each source may be read once more, so that nothing
+    is forgotten. Where limits leave too little text for the budget, all limits stretch by
     the same factor: the budget is always filled. Raises DataError where there is no text at all.
     """
+    before = read or {}
     if not any(available.values()):
         raise DataError("there is no text to train on: name a file with --source")
     wishes = {name: WISHES.get(name, OWN) for name in available}
@@ -57,7 +66,10 @@ def shares(available: Mapping[str, int], tokens: float, *, final: bool) -> dict[
     wanted = {name: share for name, share in wanted.items() if share > 0 and available[name] > 0}
     if not wanted:  # only sources that the recipe leaves out
         wanted = {name: 1.0 for name in available if available[name] > 0}
-    limit = {name: wishes[name][2] * available[name] / tokens for name in wanted}
+    limit = {
+        name: max(wishes[name][2] * available[name] - before.get(name, 0), available[name]) / tokens
+        for name in wanted
+    }
     stretch = max(1.0, 1 / sum(limit.values()))
     limit = {name: most * stretch for name, most in limit.items()}
     result: dict[str, float] = {}
