@@ -49,13 +49,14 @@ def one_sentence(error: pytest.ExceptionInfo[BaseException], *names: object) -> 
 def test_the_embedded_corpus_is_read_whole():
     dialogues, stories, explanations = corpus.dialogues(), corpus.stories(), corpus.explanations()
     folder = Path(corpus.__file__).parent / "corpus"
-    for records, name in (
+    for records, *names in (
         (dialogues, "dialogues"),
-        (corpus.basics(), "basics"),
+        (corpus.basics(), "basics", "everyday"),
         (stories, "stories"),
         (explanations, "explanations"),
     ):
-        assert len(records) == len((folder / f"{name}.jsonl").read_text("utf-8").splitlines())
+        texts = [(folder / f"{name}.jsonl").read_text("utf-8") for name in names]
+        assert len(records) == sum(len(text.splitlines()) for text in texts)
         assert len({record.id for record in records}) == len(records)
     assert all(d.messages[-1].role == "assistant" for d in dialogues)
     assert {d.train_on for d in dialogues} == {"all", "last"}
@@ -74,6 +75,14 @@ def test_the_basics_repeat_themselves_in_other_words_only():
     assert len(set(asked)) == len(asked), "no question stands there twice"
     kinds = Counter(one.topic for one in corpus.basics())
     assert len(kinds) >= 50 and max(kinds.values()) < 0.1 * len(asked)
+
+
+def test_basics_of_both_files_are_mixed():
+    one_by_one = [one.id.startswith("d15_") for one in corpus.basics()]
+    share = sum(one_by_one) / len(one_by_one)
+    assert 0.1 < share < 0.5
+    parts = [one_by_one[start : start + 5000] for start in range(0, len(one_by_one) - 5000, 5000)]
+    assert all(sum(part) / len(part) == pytest.approx(share, abs=0.03) for part in parts)
 
 
 def test_what_the_basics_hold_out_is_asked_in_words_that_they_do_not_train_on():
@@ -467,6 +476,21 @@ def test_prepare_takes_own_files(tmp_path):
     assert set(shards["train"]) == {"diary.txt", "chats.jsonl"}
     assert tokenizer().decode(shards["train"]["diary.txt"].array.tolist()) == "One short note."
     assert shards["train"]["chats.jsonl"].array[-1] == tokenizer().end_id
+
+
+def test_a_run_from_a_model_reads_less_of_what_that_model_has_read(tmp_path):
+    from tinychat.cli.runs import make_mix
+
+    train = {
+        name: shard(tmp_path / name, tokens=tokens, source=name)
+        for name, tokens in (("dialogues", 4_000), ("classic_fiction", 400_000))
+    }
+    fresh = make_mix(train, 32, 0, 3_000).passes()
+    again = make_mix(train, 32, 0, 3_000, {"dialogues": 17 * 4_000}).passes()
+    # 96,000 tokens: dialogues reach their limit of 16 passes, or the one that is always left.
+    # (A pass holds 124 or 125 windows of 33 tokens, each 32 after the one before.)
+    assert fresh["dialogues"] > 10 and again["dialogues"] == pytest.approx(1, abs=0.05)
+    assert again["classic_fiction"] > fresh["classic_fiction"]
 
 
 def test_prepare_refuses_another_tokenizer_and_keeps_the_shards(data, tmp_path):
