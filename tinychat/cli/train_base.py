@@ -80,7 +80,7 @@ def base(
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option("--from", metavar="CKPT", help="Begin with the weights of a checkpoint."),
+        typer.Option("--from", metavar="CKPT", help="Begin with a checkpoint; what it has read counts."),
     ] = None,
     settings: Settings = None,
     device: Device = "auto",
