@@ -80,7 +80,9 @@ def base(
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option("--from", metavar="CKPT", help="Begin with a checkpoint; what it has read counts."),
+        typer.Option(
+            "--from", metavar="CKPT", help="Begin with a checkpoint; what it has read counts."
+        ),
     ] = None,
     settings: Settings = None,
     device: Device = "auto",
