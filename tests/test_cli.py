@@ -60,7 +60,6 @@ def shipped(tmp_path_factory) -> Path:
 def here(shipped, monkeypatch) -> Path:
     """Only that folder is searched."""
     monkeypatch.setattr(search, "search_folders", lambda: [shipped])
-    monkeypatch.setattr("tinychat.cli.info.search_folders", lambda: [shipped])
     monkeypatch.chdir(shipped)
     return shipped
 
@@ -322,7 +321,7 @@ def test_a_date_in_the_metadata_comes_first(here):
 
 def test_models_names_damaged_files(monkeypatch, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"nonsense")
-    monkeypatch.setattr("tinychat.cli.info.search_folders", lambda: [tmp_path])
+    monkeypatch.setattr("tinychat.runtime.search.search_folders", lambda: [tmp_path])
     monkeypatch.chdir(tmp_path)
     assert "damaged" in run("models").stdout
 

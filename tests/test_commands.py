@@ -278,7 +278,7 @@ def test_issue_4_commands_are_there():
 
 
 def test_completions(monkeypatch, tmp_path):
-    monkeypatch.setattr("tinychat.cli.compare.search_folders", lambda: [tmp_path])
+    monkeypatch.setattr("tinychat.runtime.search.search_folders", lambda: [tmp_path])
     monkeypatch.setattr("tinychat.cli.saved.chats_folder", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in (
@@ -308,7 +308,7 @@ def test_completions(monkeypatch, tmp_path):
 
 
 def test_models(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("tinychat.cli.info.search_folders", lambda: [tmp_path])
+    monkeypatch.setattr("tinychat.runtime.search.search_folders", lambda: [tmp_path])
     monkeypatch.chdir(tmp_path)
     assert "No checkpoint in" in transcript(capsys, ["x"], "/models")
 

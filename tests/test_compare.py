@@ -38,7 +38,6 @@ def asked(shipped, monkeypatch):
 
     monkeypatch.setattr(loading, "open_session", open_session)
     monkeypatch.setattr(search, "search_folders", lambda: [shipped])
-    monkeypatch.setattr("tinychat.cli.compare.search_folders", lambda: [shipped])
     monkeypatch.chdir(shipped)
     return log
 

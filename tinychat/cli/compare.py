@@ -17,9 +17,9 @@ from tinychat.cli.console import Screen, print_json, printable
 from tinychat.cli.progress import millions
 from tinychat.cli.loading import Loading, choose
 from tinychat.data.records import Message
-from tinychat.runtime.checkpoint import CheckpointInfo, search_folders
+from tinychat.runtime.checkpoint import CheckpointInfo
 from tinychat.runtime.errors import CheckpointError, ConfigError
-from tinychat.runtime.search import find_first, labels_of, runs
+from tinychat.runtime.search import find_first, installed, labels_of, runs
 
 if TYPE_CHECKING:
     from tinychat.cli.loop import Chat
@@ -170,7 +170,7 @@ def with_seed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def chat_models() -> list[str]:
     """The names of the checkpoints that can chat, without opening them."""
-    names = {path.stem for folder in search_folders() for path in folder.glob("*.safetensors")}
+    names = {name for name, _ in installed()}
     mine = {name for name, path in runs().items() if path.stem != "reward"}
     return sorted((names - {"reward"}) | mine)
 

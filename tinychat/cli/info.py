@@ -17,7 +17,7 @@ from rich.text import Text
 from tinychat.cli.console import print_json, printable
 from tinychat.runtime.checkpoint import CheckpointInfo, find, read_info, search_folders
 from tinychat.runtime.errors import CheckpointError, DataError
-from tinychat.runtime.search import RUNS, runs
+from tinychat.runtime.search import RUNS, installed, runs
 
 
 def show_info(name: str, as_json: bool) -> None:
@@ -93,12 +93,7 @@ def models_table() -> RenderableType:
 def found_models() -> list[tuple[str, Path, CheckpointInfo | CheckpointError]]:
     """Every checkpoint that a name can mean, each file once; an error where it is unreadable."""
     found: dict[Path, tuple[str, Path, CheckpointInfo | CheckpointError]] = {}
-    shared = [
-        (path.stem, path)
-        for folder in search_folders()
-        for path in sorted(folder.glob("*.safetensors"))
-    ]
-    for name, path in (*shared, *runs().items()):
+    for name, path in (*installed(), *runs().items()):
         if path.resolve() not in found:
             try:
                 found[path.resolve()] = (name, path, read_info(path))

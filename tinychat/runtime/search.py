@@ -26,6 +26,11 @@ def search_folders() -> list[Path]:
     return folders
 
 
+def installed() -> list[tuple[str, Path]]:
+    """(name, file) of each checkpoint in `search_folders`, in their order: the first one counts."""
+    return [(file.stem, file) for folder in search_folders() for file in _checkpoints(folder)]
+
+
 def find(name: str | Path) -> Path:
     """The checkpoint that `name` means: a path, a name (`rlhf`) in one of `search_folders`, a run.
 
@@ -128,11 +133,7 @@ def labels_of(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
 
 def _offer(name: str) -> str:
     """What there is instead, the nearest first."""
-    there: dict[str, Path] = {}
-    for folder in search_folders():
-        for file in _checkpoints(folder):
-            there.setdefault(file.stem, file)
-    there.update((name, path) for name, path in runs().items() if name not in there)
+    there = runs() | dict(reversed(installed()))
     if not there:
         return "none is installed, make one with `tinychat train base` or name a .safetensors file"
     listed = "there is " + ", ".join(f"{stem} ({there[stem].parent})" for stem in sorted(there))
