@@ -12,7 +12,17 @@ from tinychat.cli.outcome import descent
 from tinychat.runtime.checkpoint import STAGES, CheckpointInfo, read_info
 from tinychat.runtime.errors import CheckpointError
 
-REPORT = ("score", "judge", "right", "kl", "length", "ended", "distinct_2", "repetition", "entropy")
+REPORT = {
+    "score": "reward of a reply, mean",
+    "judge": "the judge's mark, mean",
+    "right": "right answers to unseen questions, share",
+    "kl": "distance from sft, nats a reply",
+    "length": "tokens a reply",
+    "ended": "ends by itself, share",
+    "distinct_2": "different pairs of tokens, share",
+    "repetition": "repeated runs of three tokens, share",
+    "entropy": "entropy, nats a token",
+}
 
 
 def card(folder: Path) -> str:
@@ -28,7 +38,7 @@ def card(folder: Path) -> str:
         "`tinychat info NAME --json` shows all of it. Very small models, trained by this "
         "repository's code from random weights: they make things up and are often wrong.",
         "",
-        "| file | stage | parameters | size | tokens read | minutes | hardware |",
+        "| file | stage | parameters | size | tokens read (rlhf: drawn) | minutes | hardware |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for info in infos:
@@ -74,11 +84,11 @@ def figures(info: CheckpointInfo) -> list[str]:
         ]
     elif info.stage == "rlhf":
         before, after = metrics.get("before", {}), metrics.get("after", {})
-        rows = [f"| on {metrics.get('held_out_prompts', 0)} unseen prompts | before | after |"]
+        rows = [f"| {metrics.get('held_out_prompts', 0)} unseen prompts | before | after |"]
         rows += ["| --- | --- | --- |"]
         rows += [
-            f"| {name} | {before[name]:.3f} | {after[name]:.3f} |"
-            for name in REPORT
+            f"| {meaning} | {before[name]:.3f} | {after[name]:.3f} |"
+            for name, meaning in REPORT.items()
             if name in before and name in after
         ]
     else:

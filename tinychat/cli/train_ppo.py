@@ -368,10 +368,10 @@ def ppo(
         figures_of=figures_of,
     )
     after = saved.metrics["after"]
-    print(f"On {len(held_out)} unseen prompts:     before    after")
-    for name in REPORT:
+    print(f"{f'On {len(held_out)} unseen prompts:':42}    before    after")
+    for name, meaning in REPORT.items():
         if name in before:
-            print(f"  {name:>20} {before[name]:9.3f} {after[name]:9.3f}")
+            print(f"  {meaning:40} {before[name]:9.3f} {after[name]:9.3f}")
     print(f"{path}: {saved.bytes / 1e6:.1f} MB. Replies side by side: {folder / 'samples.txt'}")
     print_next(run, f"Talk to it: tinychat chat --ckpt {path}")
 
