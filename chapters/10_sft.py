@@ -326,7 +326,7 @@ for read, wanted, counts, segment in zip(inputs, targets, mask, segments, strict
 
 # %% [markdown]
 # Who sees whom in this row? The picture has a line for each token that asks, and a column for each
-# that it may look at. Chapter 05's triangle has become two small ones. Lines in green are those
+# that it may look at. Chapter 05's triangle has become two small ones. The names in green, on the left, are those
 # whose guess of the *next* token counts: the highlighter of chapter 09, moved up by one place.
 
 
@@ -716,10 +716,10 @@ assert min(way[share][1] for share in (0.2, 0.4, 0.6, 0.8)) < way[0.0][1]
 
 # %% [markdown]
 # On unseen conversations some mean of the two is better than the student, and it has forgotten less of
-# what it read than you would think. `train sft --set keep=0.15` does it when a run is finished. An earlier
-# chat model of ours lost by it some of its right facts (34.7 to 31.4 % of the answers) and nearly half of
-# its words that don't exist (in 13.0 to 7.3 % of them). For the shipped one it gained nothing, and was
-# left out (lab notes).
+# what it read than you would think. `train sft --set keep=0.15` does it when a run is finished. With an
+# earlier chat model of ours it cut both ways: right answers to questions of fact fell from 34.7 to 31.4 %, and
+# so did replies with a word that doesn't exist, from 13.0 to 7.3 %. For the shipped one it gained nothing,
+# and was left out (lab notes).
 #
 # ## The run
 #
@@ -799,12 +799,12 @@ else:
 # it, and what is left to learn from these few is mostly by heart: a good reason to know what your base
 # has read.
 #
-# Each dot of the curve is another handful of conversations, some easy, some hard. So it jumps, and
+# Each dot of the curves below is another handful of conversations, some easy, some hard. So it jumps, and
 # only its trend tells you something. If a fine-tuned checkpoint is around that kept its curve, the cell
 # draws that too: several readings of far more conversations. Look for stairs in it. A step down is a new
 # reading, in which the model meets conversations that it has met before. The loss *falls because it
-# remembers*, and this number alone would never warn you. A jump up is the opposite: there, new
-# conversations joined, and the loss on what it has never met is the true one.
+# remembers*, and this number alone would never warn you. (Where new
+# conversations join a run, it would jump *up*: the loss on what it has never met is the true one.)
 
 # %%
 # alt: Loss against tokens read in this chapter's short run; beside it the shipped one's, if it has one.
@@ -1080,7 +1080,8 @@ assert least <= len(tight) <= len(packed)
 # a little padding.
 
 # %% [markdown]
-# **2. Without segments.** Drop the segments from the packed row of `two` and measure how much the
+# **2. Without segments.** With `row_4T = torch.from_numpy(packed_row(two, 64, tokenizer.pad_id))`, drop
+# the segments (`row_4T[3]`) from the packed row of `two` and measure how much the
 # scores change, for the first conversation and for the second. Which one must stay the same, and
 # why?
 

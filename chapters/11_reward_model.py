@@ -153,7 +153,7 @@ print(", ".join(f"{flaw} {n}" for flaw, n in sorted(counts.items(), key=lambda p
 
 # %% [markdown]
 # Short everyday messages have flawed replies, too, three to each: among the basics of chapter 10. The
-# writers were told which flaw to write, so that the rare ones are there, and to be as long as the good
+# writers, language models, were told which flaw to write, so that the rare ones are there, and to be as long as the good
 # reply; among themselves these have no order. `tinychat train reward` learns from these as well; here
 # the first kind is enough.
 
@@ -231,6 +231,10 @@ for better, worse in ((0.0, 0.0), (2.0, 0.0), (0.0, 2.0), (102.0, 100.0)):
 #
 # The row starts at random, with weights of a size of one over the root of their number. The first
 # marks are then neither all alike nor far apart (Stiennon et al. 2020 do the same).
+#
+# The class already holds what later sections add: `words` ("Two opinions"), `surety`, with which the row
+# starts at zero ("What the writer knows"), and `mean`, `deviation` and `length_slope` ("A zero and a
+# yardstick"). Until then they change nothing. On a first reading, `__init__` and `forward` are enough.
 
 
 # %% tags=["export"]
@@ -452,7 +456,7 @@ assert abs(ours.item() - by_hand) < 1e-6
 # %% [markdown]
 # ## Replies of our own model
 #
-# The rejected replies of the corpus are what a *person* thought of as bad. Our model makes other
+# The rejected replies of the corpus are what somebody wrote as bad *on purpose*. Our model makes other
 # mistakes: it repeats itself, never ends, or hands the question back. A judge that has never seen such
 # replies may well like them, and chapter 12 would find that out at once. So let the model answer some
 # prompts itself, several times each. These are **on-policy** samples. (*Policy* is what reinforcement
@@ -466,7 +470,7 @@ assert abs(ours.item() - by_hand) < 1e-6
 #
 # Each rule is there because a reward model went without it. One of ours had seen few samples, all from
 # one temperature, and of sixteen replies it picked *"The oldricx cream barked"*: it had never learned
-# that "oldricx" is no word, since no person who writes a bad reply on purpose would make it up.
+# that "oldricx" is no word, since nobody who writes a bad reply on purpose would make it up.
 
 # %%
 print("rules, worst first:", ", ".join(RULES))
@@ -1020,7 +1024,8 @@ for name, table in runs.items():
 #
 # ## The run
 #
-# Now all of the training prompts that are ours to use, and the samples of those among them.
+# Now the reward model's half of the training prompts (the other half is kept for a second one, under
+# "Somebody else to judge"), and the samples of the prompts among them.
 # `TINYCHAT_MINUTES` gives it more time; two epochs are the most, since the gap grows with each.
 
 # %%
@@ -1087,9 +1092,9 @@ for name, right in (("model right", True), ("model wrong", False)):
 
 # %% [markdown]
 # Where one is right and the other wrong, the surer one should win. So the two marks are added, after
-# both were put on one scale: the deviation of their marks over good replies. The word weights get a
-# bit less than the network, since words are easily put into a reply by a policy that looks for
-# high marks.
+# both were put on one scale: the deviation of their marks over good replies. The word weights get
+# less than the network (0.6 here, 0.3 in `tinychat train reward`), since words are easily put into a reply
+# by a policy that looks for high marks.
 
 
 # %% tags=["export"]
@@ -1304,13 +1309,14 @@ assert question_fit(sft, [blank], [some.tokens[0][some.start :]], blank, PAD).ab
 
 # %% [markdown]
 # Fit tells whether a reply belongs to the question, and next to nothing about how good it is. So it must
-# not become a goal: the best-fitting reply hands the question back. Chapter 12 uses it as a *condition*.
-# A reply that fits worse than written ones do loses marks, and one that fits better gains nothing.
+# not become a goal: the best-fitting reply hands the question back. Chapter 12 shows it as a *condition*
+# (`--fit`, off unless asked for): a reply that fits worse than written ones do loses marks, and one that
+# fits better gains nothing.
 #
 # ## What the writer knows
 #
-# There is a last exam, and we found it late. Most of the pairs above were written by people, or set a
-# person's reply against a model's. Chapter 12 will ask for something else: of several replies of the
+# There is a last exam, and we found it late. Most of the pairs above were written on purpose, or set a
+# written reply against one of our model's. Chapter 12 will ask for something else: of several replies of the
 # *same model*, which is the best? The readers' marks can tell, on prompts that were held out. Let three
 # sit the exam: words alone, the marks that you have just trained, and the chat model, which never saw a
 # pair. Its opinion of a reply is the mean log-prob of the reply's tokens: how sure it would have been.
@@ -1336,9 +1342,10 @@ for name, its_marks in exam_marks.items():
 # So let the judge begin there. Chapter 10 left a network that can *predict* replies, and we kept its
 # body and threw that skill away. Keep it: the mark becomes
 #
-# $$\text{raw} = \text{head}(h_\text{last}) + \frac{\text{surety}}{n} \sum_{t=1}^{n} \log p(\text{token}_t \mid \text{prompt}, \text{token}_{<t})$$
+# $$\text{raw} = \text{head}(h_\text{last}) + \text{words} + \frac{\text{surety}}{n} \sum_{t=1}^{n} \log p(\text{token}_t \mid \text{prompt}, \text{token}_{<t})$$
 #
-# with the head at zero when training starts, and `surety` a fixed number. The first marks are then the chat
+# with the head at zero when training starts, `surety` a fixed number, and `words` the second opinion of
+# above, zero while the network trains. The first marks are then the chat
 # model's own opinion, and pairs teach what to change about it: in the head and, through p, in every
 # weight. That a language model is a reward model in disguise is the idea of Rafailov et al. 2023, and
 # Meng et al. 2024 take the mean over the tokens, as here, so that length alone earns nothing.
@@ -1369,7 +1376,9 @@ for name, surety in (("a random head", 0.0), ("its log-prob", 2.0)):
 # %% [markdown]
 # A start that good leaves little to win in seconds. `tinychat train reward` trains with `surety=2`
 # for longer, and reads the readers' marks twice, the rest once. It also takes no more than 300 of each kind
-# of exchanged replies: with eight thousand of them, they drowned the marks (lab notes). At its end the judge sits
+# of exchanged replies unless you say otherwise: with eight thousand of them, they drowned the marks (lab
+# notes). The shipped one was made with `--exchanged 5000`: it reads the question more closely, and pays
+# with a few points of the readers' marks. At its end the judge sits
 # this exam, and another one with questions whose answer is written down: of the chat model's own answers,
 # does it put the right ones first? Earlier reward models of ours did worse there than the log-prob, and PPO
 # with them lost facts (lab notes). A good mark on last year's papers is no proof that you can do
@@ -1535,7 +1544,7 @@ for name, its_marks in found.items():
 # which you have just used, sets both: over good replies that were not trained on, the marks get mean
 # 0 and deviation 1. A reply with 0 then has the mark of an average good one. (That is no verdict on
 # replies of other kinds: with `surety` in the mark, a model's own fluent nonsense can have more, since
-# people don't write what it expects.) All that happens to the raw number of the head, in one line:
+# people don't write what it expects.) All that happens to the raw number, in one line:
 #
 # $$\text{mark} = \frac{\text{raw} - \text{slope} \cdot \ln(1 + \text{tokens}) - \text{mean}}{\text{deviation}}$$
 

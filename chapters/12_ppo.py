@@ -200,7 +200,7 @@ class PPOConfig:
     seed: int = 0
     "decides the order of the prompts and the dice"
     precision: str = "fp32"
-    "bf16 or fp32 matrix products; scores of tokens are always fp32"
+    "bf16 or fp32 matrix products; logits are always fp32"
     compiled: bool = False
     "use torch.compile where a C++ compiler is installed: pays in runs of many minutes"
     save_minutes: float = 3.0
@@ -364,16 +364,17 @@ print(f"mean mark of {len(replies)} replies: {wanted(PROMPTS, replies).mean():.3
 # On the right stands a mean over replies that the model itself draws. So drawing and averaging gives
 # the right direction, whatever the mark is made of. You never differentiate the mark itself.
 #
-# Two small functions read the model's log-probs for given replies. They compute scores only where a
-# reply token stands, since the vocabulary is the largest matrix of a small model, and its softmax
-# is differentiated by hand, in chunks that fit into the processor's cache.
+# The next cells read the model's log-probs for given replies. They compute *logits* only where a reply
+# token stands, since the vocabulary is the largest matrix of a small model. As in chapter 07's
+# `ChunkedCrossEntropy`, the gradient is written by hand, in chunks that fit into the processor's cache. You
+# may skip the class: it returns what `log_softmax` and `gather` would.
 
 
 # %% tags=["export"]
 class TokenLogprobs(torch.autograd.Function):
     """Log-probs of chosen tokens, in chunks, with the gradient by hand.
 
-    The scores and their softmax are float32 whatever `dtype` is: a rounded score would be a
+    The logits and their softmax are float32 whatever `dtype` is: a rounded logit would be a
     wrong ratio. What the backward pass keeps and multiplies may be bfloat16.
     """
 
@@ -428,7 +429,7 @@ def reply_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probs of the tokens under the mask, `[N]`, at the rollout's temperature.
 
-    And the vectors `[N, D]` that these tokens were chosen from. Prompts are read, but no scores are
+    And the vectors `[N, D]` that these tokens were chosen from. Prompts are read, but no logits are
     computed for them; columns in which all rows are only filled up are not even read.
     """
     hidden = gpt.hidden
@@ -709,7 +710,8 @@ assert minus_siblings(torch.tensor([3.0, 0.0, 3.0, 5.0, 5.0, 5.0]), 3).tolist() 
 #
 # $$\delta_t = r_t + \gamma V_{t+1} - V_t$$
 #
-# We take $\lambda = 0.95$, so mostly what was seen. The **discount** $\gamma$ makes later rewards worth
+# The runs of this chapter take $\lambda = 0.95$, so mostly what was seen; `tinychat train ppo` takes 1, for
+# the reason in brackets below. The **discount** $\gamma$ makes later rewards worth
 # less, for endless games. A reply is short, and its end counts as much as its beginning: $\gamma = 1$.
 # (Below 1, lambda helps only if the value head knows something. Beside one that expects the same
 # everywhere, it just takes blame and praise away from the first tokens: of thirty, the first gets
@@ -822,7 +824,8 @@ for kl in (0.5, 3.0, 12.0, 30.0, 6.0):
 # %% [markdown]
 # Look at the first two lines. At the start of a run the policy is still near home, so beta *sinks*, and
 # when the policy sets out, the price is low. In a long run that is made up for. In our short ones it gave
-# the policy a running start (the lab notes tell of it), so `beta` is fixed unless you ask.
+# the policy a running start (the lab notes tell of it), so `PPOConfig` keeps `beta` fixed. `tinychat train ppo`
+# steers it, to one nat a reply (`kl_target=1`); `--set kl_target=0` keeps it fixed there, too.
 #
 # ### Steps 1 to 5 together
 #
@@ -1566,25 +1569,28 @@ for beta, curve_of in hacked.items():
 # who looks at the truth: another judge, kept out of the training, or people.
 #
 # It helps, too, not to make everything a goal. A *condition* can be met and then pays nothing more, so
-# there is nothing to run after. Ours has one: a reply that fits its question worse than written replies
-# do (`question_fit`, chapter 11) loses marks; one that fits better gains none. Without it, a policy of
-# ours found that "I don't know. Tell me what you'd like." pleases the reward model everywhere. And the
-# rules of chapter 11 are a second condition: who makes up a word, never ends or says one thing over and
-# over loses marks once, however often. Our reward model does not see that a word doesn't exist (58 % of
+# there is nothing to run after. One such condition is fit: a reply that fits its question worse than
+# written replies do (`question_fit`, chapter 11) loses marks; one that fits better gains none. We began
+# with it when a policy of ours found that "I don't know. Tell me what you'd like." pleases the reward model
+# everywhere. But it orders readers' pairs no better than a coin (lab notes), so it is off unless you give
+# `--fit X`. The rules of chapter 11 are a condition that is on: who makes up a word, never ends or says
+# one thing over and over loses marks once, however often. Our reward model does not see that a word doesn't exist (58 % of
 # such pairs right where it learned them, 45 % elsewhere: lab notes), and a rule does. OpenAI's models
 # get **rule-based rewards** beside a learned one, too, with a model as the grader (Mu et al. 2024).
 #
-# A stock phrase hides from whoever reads one reply at a time. In many at once it can be counted. `--stock X`
-# compares how many replies of a step, to other questions, begin a sentence so with how many written ones
-# do, and whoever says it pays X times the logarithm of that ratio. ("I'm sorry" begins a sentence in two of a
-# thousand written replies; without that price, after thirty steps, in 12 of 40 of the policy's: lab notes.)
-# What PPO costs elsewhere is the **alignment tax** (Ouyang et al. 2022): nothing in its loss speaks of what
-# the replies of a run never say. That policy of ours told whole stories when asked first thing, and in the
-# middle of a chat could tell none any more ("Fern the pain was gone. She stuck out every word of thecastle.").
-# InstructGPT's remedy is simple: beside each minibatch, read some of the old texts again, with the old loss
-# (**PPO-ptx**). Ours is `--set ptx=0.3`, on the conversations of the fine-tuning. And whoever asks for a
-# story must leave room for one: a fine for every reply that isn't done after so many tokens teaches to
-# tell none. `tinychat train ppo` asks for nothing that was answered in writing with more than `max_tokens`.
+# A **stock phrase** hides from whoever reads one reply at a time, and shows in many. So `tinychat train ppo`
+# counts how many replies of a step, to different questions, begin a sentence with the same words, and how
+# many written replies do. The logarithm of that ratio, times `--stock`, is the fine. ("I'm sorry"
+# begins a sentence in two of a thousand written replies; without the fine, after thirty steps, in 12 of 40
+# of the policy's: lab notes.)
+#
+# PPO also costs what its replies never practise: the **alignment tax** (Ouyang et al. 2022). The first
+# policy of ours that paid the fine told whole stories when asked first thing, and in the middle of a chat
+# could tell none any more ("Fern the pain was gone. She stuck out every word of thecastle."). InstructGPT's
+# remedy is simple: beside each minibatch, read some old text again, with the old loss (**PPO-ptx**). Ours
+# reads the conversations of the fine-tuning, at weight 0.3 (`ptx`). And whoever asks for a story must leave
+# room for one: a fine for every reply that isn't done after so many tokens teaches to tell none.
+# `tinychat train ppo` asks for nothing that was answered in writing with more than `max_tokens`.
 #
 # A reward that is earned only at the head of a chat is learned there. So every third prompt stands behind
 # another conversation, as chapter 10's chats that go on do.
@@ -1599,8 +1605,10 @@ for beta, curve_of in hacked.items():
 # of our prompts are such questions: right earns a mark, wrong loses one, whatever the reward model thinks
 # of it. Lambert et al. (2024) call that **verifiable rewards**; models that learn to reason are trained
 # with little else. For ours it is a guard: without it, PPO makes the replies smoother and the facts fewer,
-# because the reward model hears tone better than truth. (`tinychat train ppo` has all three. The quick run
-# below, under "Your own chatbot", is paid by the mark alone: look out for what it finds.)
+# because the reward model hears tone better than truth. (On in `tinychat train ppo` unless you say
+# otherwise: the rules, the checked facts, the fine on stock phrases, PPO-ptx, and a little of the first
+# model's own log-prob, `--sure`. Off: `--fit` and `keep`. The quick run below, under "Your own chatbot", is
+# paid by the mark alone: look out for what it finds.)
 #
 # Even the reward model that begins with what the chat model knows (chapter 11) has its hole. Most of its
 # mark is how likely each token is, and nothing is as likely as a **stock phrase**. Held near its
@@ -1837,7 +1845,8 @@ torch.testing.assert_close(trusted_BT, rewards_BT + next_BT - values_BT)
 # **2. No value head.** Draw k replies to each prompt. The baseline of each is the mean of the *other*
 # k - 1 (RLOO, Ahmadian et al. 2024). Write `leave_one_out(scores_PK)`. Why the others, and not all k?
 # Then train the toy with it: REINFORCE, four replies to each of 16 prompts a step, as many steps as
-# PPO had. Which of the two learns more from the same number of replies? What becomes of a group whose
+# PPO had. Which of the two learns more from the same number of replies? (If yours stops half-way up,
+# look at what its replies have in common.) What becomes of a group whose
 # replies all have the same mark? (GRPO, Shao et al. 2024, takes all k, divides by their deviation, and
 # clips as PPO does.)
 
@@ -1917,8 +1926,9 @@ assert abs(float(k3_N.mean()) - exact) < 0.002
 # reward model, no rollouts, no value head.
 #
 # Write `dpo_loss(better_N, worse_N, ref_better_N, ref_worse_N, beta)` from the log-probs of whole
-# replies. Then check the claim in a world of three replies: minimise the loss over all pairs, each
-# weighted by how often it would be ranked so, and compare with the formula.
+# replies. Then check the claim in a world of three replies (reference 0.5, 0.3, 0.2; rewards 0, 1, 2;
+# $\beta$ 0.5): minimise the loss over all pairs, each weighted by how often it would be ranked so, and
+# compare with the formula, which gives 0.037, 0.163 and 0.801.
 
 
 # %% tags=["solution"]
@@ -1976,7 +1986,8 @@ torch.testing.assert_close(found_3, best_3, atol=2e-3, rtol=0)
 # ## What we left out
 #
 # - **A second model for the values**, begun from the reward model. Better guesses, at twice the cost.
-# - **Mixing in pretraining.** InstructGPT added some of the base's loss (PPO-ptx), against forgetting.
+# - **Texts of the pretraining in PPO-ptx.** InstructGPT reads those again; ours reads the conversations of
+#   the fine-tuning.
 # - **Marks that can be checked, and no others.** Where an answer is right or wrong, as in sums or programs, a few lines
 #   of code are the reward, and no reward model can be fooled. Our checked questions are a guard beside
 #   a learned mark. nanochat trains on school sums alone, with the groups of exercise 2 and no KL at

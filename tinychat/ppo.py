@@ -93,7 +93,7 @@ class PPOConfig:
     seed: int = 0
     "decides the order of the prompts and the dice"
     precision: str = "fp32"
-    "bf16 or fp32 matrix products; scores of tokens are always fp32"
+    "bf16 or fp32 matrix products; logits are always fp32"
     compiled: bool = False
     "use torch.compile where a C++ compiler is installed: pays in runs of many minutes"
     save_minutes: float = 3.0
@@ -214,7 +214,7 @@ def sample_replies(
 class TokenLogprobs(torch.autograd.Function):
     """Log-probs of chosen tokens, in chunks, with the gradient by hand.
 
-    The scores and their softmax are float32 whatever `dtype` is: a rounded score would be a
+    The logits and their softmax are float32 whatever `dtype` is: a rounded logit would be a
     wrong ratio. What the backward pass keeps and multiplies may be bfloat16.
     """
 
@@ -268,7 +268,7 @@ def reply_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probs of the tokens under the mask, `[N]`, at the rollout's temperature.
 
-    And the vectors `[N, D]` that these tokens were chosen from. Prompts are read, but no scores are
+    And the vectors `[N, D]` that these tokens were chosen from. Prompts are read, but no logits are
     computed for them; columns in which all rows are only filled up are not even read.
     """
     hidden = gpt.hidden
