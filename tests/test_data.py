@@ -485,12 +485,28 @@ def test_a_run_from_a_model_reads_less_of_what_that_model_has_read(tmp_path):
         name: shard(tmp_path / name, tokens=tokens, source=name)
         for name, tokens in (("dialogues", 4_000), ("classic_fiction", 400_000))
     }
-    fresh = make_mix(train, 32, 0, 3_000).passes()
-    again = make_mix(train, 32, 0, 3_000, {"dialogues": 17 * 4_000}).passes()
-    # 96,000 tokens: dialogues reach their limit of 16 passes, or the one that is always left.
-    # (A pass holds 124 or 125 windows of 33 tokens, each 32 after the one before.)
-    assert fresh["dialogues"] > 10 and again["dialogues"] == pytest.approx(1, abs=0.05)
+    fresh = make_mix(train, 32, 0, 6_000).passes()
+    again = make_mix(train, 32, 0, 6_000, {"dialogues": 17 * 4_000}).passes()
+    # 192,000 tokens: dialogues reach their limit of 16 passes, or the one that is always left.
+    # (A pass is 125 windows, and each of the two parts of a run rounds to whole ones.)
+    assert fresh["dialogues"] == pytest.approx(16, abs=0.05)
+    assert again["dialogues"] == pytest.approx(1, abs=0.05)
     assert again["classic_fiction"] > fresh["classic_fiction"]
+
+
+def test_a_mix_goes_on_behind_what_was_read(tmp_path):
+    train = {name: shard(tmp_path / name, tokens=4_000, source=name) for name in ("a", "b")}
+    numbers = {"sequence": 32, "seed": 0, "total": 60}  # of 125 windows each
+    phases = [Phase(1.0, {"a": 1.0, "b": 2.0})]
+    first = Mix(train, phases, **numbers)
+    read = {name: count * 32 for name, count in first.counts().items()}
+    second = Mix(train, phases, **numbers, read=read)
+    assert second.counts() == first.counts() == {"a": 20, "b": 40}
+    places = [{mix.place(i) for i in range(60)} for mix in (first, second)]
+    assert places[0] == {("a", k) for k in range(20)} | {("b", k) for k in range(40)}
+    assert places[1] == {("a", k) for k in range(20, 40)} | {("b", k) for k in range(40, 80)}
+    windows = [{mix.sequence_at(i).tobytes() for i in range(60)} for mix in (first, second)]
+    assert len(windows[0]) == len(windows[1]) == 60 and not windows[0] & windows[1]
 
 
 def test_prepare_refuses_another_tokenizer_and_keeps_the_shards(data, tmp_path):

@@ -18,12 +18,13 @@ from fakes import TORCHRUN
 from typer.testing import CliRunner
 
 from tinychat.cli.app import app
-from tinychat.cli.outcome import tokens_read
+from tinychat.cli.lineage import tokens_read
 from tinychat.cli.processes import check_shared_alike
 from tinychat.cli.progress import SAMPLE_PROMPTS, clock
 from tinychat.cli.runs import (
     check_as_begun,
     data_as_begun,
+    make_mix,
     override,
     run_folder,
     settings_of,
@@ -273,7 +274,7 @@ def test_killed_before_its_checkpoint_was_written(trained, here):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_source_of_ones_own_and_a_start(trained, here):
+def test_a_source_of_ones_own_and_a_start(trained, here, monkeypatch):
     Path("mine.txt").write_text("The fox ran. " * 200, encoding="utf-8")
     start = str(trained / "runs/base/base.safetensors")
     words = ["--source", "mine.txt", "--from", start, "--run", "own"]
@@ -281,8 +282,20 @@ def test_a_source_of_ones_own_and_a_start(trained, here):
     assert f"{start} is no mini model; leave --preset out" in told(
         run("base", "--preset", "mini", *unsized, *words)
     )
-    result = run("base", *unsized, *words)
+    # Of each mix of the run: how many sequences, and what was read before.
+    asked: list[tuple[int, dict[str, float]]] = []
+
+    def spy(train, sequence, seed, total, read):
+        asked.append((total, read))
+        return make_mix(train, sequence, seed, total, read)
+
+    monkeypatch.setattr("tinychat.cli.train_base.make_mix", spy)
+    result = run("base", *unsized, "--set", "accumulate=2", *words)
     assert result.exit_code == 0, result.output
+    known = tokens_read(read_info(start).lineage, {})
+    assert sum(known.values()) == pytest.approx(read_info(start).lineage["tokens"], rel=0.02)
+    # The mix that is recorded is the one that was read: one step of two batches of two.
+    assert len(asked) > 1 and all(one == (2 * 2, known) for one in asked)
     info = read_info("runs/own/base.safetensors")
     assert info.lineage["data"]["mine.txt"]["licence"] == "the user's"
     assert info.lineage["parent"] == start and info.lineage["preset"] == "nano"
@@ -299,8 +312,10 @@ def test_a_source_of_ones_own_and_a_start(trained, here):
         assert sentence in told(run("base", "--resume", "--run", "own", *more))
     size = info.lineage["data"]["mine.txt"]["tokens"]
     # Resuming remembers the file, and notices that it has changed.
+    asked.clear()
     longer = run("base", "--resume", *words, "--set", "steps=2")
     assert longer.exit_code == 0, longer.output
+    assert len(asked) > 1 and all(read == known for _, read in asked)
     info = read_info("runs/own/base.safetensors")
     assert info.lineage["data"]["mine.txt"]["tokens"] == size
     assert info.lineage["parent"] == start
@@ -601,13 +616,45 @@ def test_override_parses_each_kind():
         override(TrainConfig(), ["compiled=yes"])
 
 
+def test_a_start_that_has_changed_is_noticed(trained, here):
+    shutil.copy(trained / "runs/base/base.safetensors", "start.safetensors")
+    begun = run("base", *BASE[2:], "--set", "steps=1", "--from", "start.safetensors")
+    assert begun.exit_code == 0, begun.output
+    write_model(here / "start.safetensors", "base")
+    told_so = told(run("base", "--resume", "--set", "steps=2"))
+    assert "start.safetensors has changed since this run began" in told_so
+
+
 def test_tokens_read_counts_all_that_a_model_began_with():
     first = {"data": {"a": {"tokens": 100, "passes": 2.5}, "b": {"tokens": 10, "passes": 1}}}
     tuned = {"data": {"b": {"conversations": 7}}, "ancestors": [first]}
     third = {"data": {"b": {"tokens": 20, "passes": 0.5}, "c": {"tokens": 4, "passes": 3}}}
     third["ancestors"] = [tuned]
-    assert tokens_read(third) == {"a": 250, "b": 20, "c": 12}
-    assert tokens_read({}) == {}
+    assert tokens_read(third, {}) == {"a": 250, "b": 20, "c": 12}
+    assert tokens_read({}, {}) == {}
+
+
+def test_tokens_read_knows_a_file_by_what_is_in_it():
+    one = {"data": {"mine.txt": {"tokens": 100, "passes": 2, "sha256": "a" * 64}}}
+    assert tokens_read(one, {"mine.txt": "a" * 64}) == {"mine.txt": 200}
+    assert tokens_read(one, {"mine.txt": "b" * 64}) == {}
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"data": ["a"]},
+        {"data": {"a": 3}},
+        {"data": {"a": {"tokens": 100, "passes": None}}},
+        {"data": {"a": {"tokens": 100, "passes": float("nan")}}},
+        {"data": {"a": {"tokens": 100, "passes": -1.0}}},
+        {"data": {"a": {"tokens": "many", "passes": 1}}},
+        {"ancestors": {"data": {}}},
+        {"ancestors": ["base"]},
+    ],
+)
+def test_tokens_read_of_a_foreign_lineage_are_none(strange):
+    assert tokens_read(strange, {}) == {}
 
 
 def test_clock():

@@ -64,7 +64,7 @@ def others(count: int, each: int) -> list[tuple[Message, ...]]:
 
 
 def as_the_chat(drafts: int, temperature: float, seed: int = 0) -> Sampling:
-    """How the chat speaks, in fewer tokens: a reply that needs more is none to be read."""
+    """How the chat speaks, in 120 tokens at most."""
     return Sampling(temperature=temperature, drafts=drafts, max_tokens=120, seed=seed)
 
 

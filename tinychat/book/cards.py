@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinychat.cli.card import licence, owner, readings_before, texts
-from tinychat.cli.outcome import descent
 from tinychat.cli.info import duration, machine, size
+from tinychat.cli.lineage import descent
 from tinychat.runtime.checkpoint import STAGES, CheckpointInfo, read_info
 from tinychat.runtime.files import file_sha256
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinychat.cli.info import machine, size
-from tinychat.cli.outcome import descent
+from tinychat.cli.lineage import descent
 from tinychat.runtime.checkpoint import STAGES, CheckpointInfo, read_info
 from tinychat.runtime.errors import CheckpointError
 

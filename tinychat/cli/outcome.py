@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
@@ -49,7 +49,7 @@ def source_record(name: str, shard: TokenShard, passes: Mapping[str, float]) -> 
         "attribution": public.attribution if public else theirs,
         "sha256": public.sha256 if public else shard.sha256,
         "tokens": shard.tokens,
-        "passes": round(passes[shard.source], 3),
+        "passes": round(passes[shard.source], 6),
     }
 
 
@@ -70,23 +70,6 @@ def lineage_of(result: Result, *, data: Mapping[str, Any], **more: Any) -> dict[
         "tinychat": __version__,
         **{key: value for key, value in more.items() if value is not None},
     }
-
-
-def descent(lineage: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A lineage, that of the model it began with, and so on back to random weights."""
-    yield lineage
-    while lineage.get("ancestors"):
-        lineage = lineage["ancestors"][0]
-        yield lineage
-
-
-def tokens_read(lineage: Mapping[str, Any]) -> dict[str, float]:
-    """The tokens by source that a model has met in pretraining, its ancestors' readings counted."""
-    read: dict[str, float] = {}
-    for one in descent(lineage):
-        for name, source in one.get("data", {}).items():
-            read[name] = read.get(name, 0) + source.get("tokens", 0) * source.get("passes", 0)
-    return read
 
 
 def write_checkpoint(

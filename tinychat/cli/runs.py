@@ -315,7 +315,7 @@ def make_mix(
         Phase(1 - FINAL, shares(sizes, tokens, final=False, read=read)),
         Phase(1.0, shares(sizes, tokens, final=True, read=read)),
     ]
-    return Mix(train, phases, sequence=sequence, seed=seed, total=total)
+    return Mix(train, phases, sequence=sequence, seed=seed, total=total, read=read)
 
 
 def check_unchanged(path: str, now: str, begun_with: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tinychat.cli.lineage import tokens_read
 from tinychat.cli.outcome import (
     curve,
     last_loss,
@@ -16,7 +17,6 @@ from tinychat.cli.outcome import (
     print_next,
     source_record,
     stop_here,
-    tokens_read,
     write_checkpoint,
 )
 from tinychat.cli.processes import check_shared_alike, first_alone, join_processes
@@ -81,7 +81,9 @@ def base(
     start: Annotated[
         str | None,
         typer.Option(
-            "--from", metavar="CKPT", help="Begin with a checkpoint; what it has read counts."
+            "--from",
+            metavar="CKPT",
+            help="Begin with a checkpoint; what it has read often is read less.",
         ),
     ] = None,
     settings: Settings = None,
@@ -155,6 +157,9 @@ def base(
     own_files = {name: file_sha256(source_path(name, public)) for name in source or []}
     for name, digest in record.get("sha256", {}).items():
         check_unchanged(name, own_files.get(name, digest), digest)
+    start_digest = file_sha256(start) if start is not None else None
+    if start_digest is not None and record.get("from_sha256"):
+        check_unchanged(str(start), start_digest, record["from_sha256"])
 
     # 2. Text becomes token shards, once for each tokenizer.
     names, shards = read_text(public, pieces, own_files, rank, world)
@@ -166,8 +171,9 @@ def base(
     read: dict[str, float] = {}
     if start is not None:
         model, own, info = load_model(find_checkpoint(start))
-        origin = {"parent_sha256": file_sha256(info.path), "ancestors": [info.lineage]}
-        read = tokens_read(info.lineage)
+        origin = {"parent_sha256": start_digest, "ancestors": [info.lineage]}
+        labels = [shard_name(name) for name in own_files]
+        read = tokens_read(info.lineage, {label: train[label].sha256 for label in labels})
         if own.sha256 != pieces.sha256:
             raise ConfigError(f"{start} has another tokenizer; start from one with the same.")
         shape = model.config
@@ -184,6 +190,7 @@ def base(
                 "set": chosen,
                 "minutes": minutes,
                 "from": start,
+                "from_sha256": start_digest,
                 "data": str(data) if data else None,
                 "tokenizer": str(tokenizer_file) if tokenizer_file else None,
                 "sources": source,
@@ -196,9 +203,11 @@ def base(
         now = {"set": chosen, "minutes": minutes, "data": data and str(data)}
         update_record(folder, record, **now, processes=world, rows=rows)
 
+    def mix_of(micro_steps: int) -> Mix:
+        return make_mix(train, config.sequence, config.seed, micro_steps * rows, read)
+
     def batches_from(micro_step: int, micro_steps: int) -> Iterator[Batch]:
-        mix = make_mix(train, config.sequence, config.seed, micro_steps * rows, read)
-        return mix.batches(micro_step, rows, micro_steps - micro_step, rank, world)
+        return mix_of(micro_steps).batches(micro_step, rows, micro_steps - micro_step, rank, world)
 
     here = shards["validation"]
 
@@ -235,7 +244,7 @@ def base(
     model.eval()
     measure = LossFunction(model, dtype=config.dtype, compiled=False)
     bits = {name: bits_per_byte(measure, windows(name, 4)(), token_bytes_V) for name in here}
-    mix = make_mix(train, config.sequence, config.seed, result.steps * rows, read)
+    mix = mix_of(result.steps * config.accumulate)
     lineage = lineage_of(
         result,
         data={

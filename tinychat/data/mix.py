@@ -35,7 +35,7 @@ class _Span:
     names: tuple[str, ...]
     parts: np.ndarray  # whole numbers that add up to `units`
     units: int
-    before: Mapping[str, int]  # sequences that each source gave in earlier phases
+    before: Mapping[str, int]  # sequences that each source gave in earlier runs and phases
 
 
 class Mix:
@@ -43,8 +43,12 @@ class Mix:
 
     Of each source the windows of `sequence` tokens come in a random order, each once an epoch;
     every epoch has an order and an offset of its own. Shares hold exactly, not on average: the
-    k-th sequence of a source with share w comes within 256 places of k / w. Raises DataError for
-    a source without a shard, ConfigError for numbers that can't work.
+    k-th sequence of a source with share w comes within 256 places of k / w.
+
+    `read`: the tokens by source that an earlier run has read. Each source goes on behind them, and
+    doesn't begin with the same windows again, if seed, sequence and text are those of that run;
+    with others the order is another, and what is met again is chance. Raises DataError for a source
+    without a shard, ConfigError for numbers that can't work.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Mix:
         sequence: int,
         seed: int,
         total: int,
+        read: Mapping[str, float] | None = None,
     ) -> None:
         if sequence < 1 or total < 1:
             raise ConfigError(
@@ -71,7 +76,8 @@ class Mix:
         self._plan = lru_cache(maxsize=8)(self._make_plan)
         self._order = lru_cache(maxsize=2 * len(self.shards))(self._make_order)
         self._spans: list[_Span] = []
-        start, before = 0, dict.fromkeys(self.shards, 0)
+        start, behind = 0, read or {}
+        before = {name: int(behind.get(name, 0)) // sequence for name in self.shards}
         for phase in phases:
             end = round(phase.until * total)
             if not start <= end <= total:
@@ -97,7 +103,10 @@ class Mix:
         return np.asarray(tokens[place], dtype=np.int64)
 
     def place(self, i: int) -> tuple[str, int]:
-        """Return the source of sequence i, and how many sequences that source gave before it."""
+        """Return the source of sequence i, and how many sequences that source gave before it.
+
+        Those of the runs before this one are counted with them.
+        """
         if not 0 <= i < self.total:
             raise ConfigError(f"there is no sequence {i}: the mix was made for {self.total}")
         number = next(n for n, span in enumerate(self._spans) if i < span.end)
