@@ -16,8 +16,8 @@ from tinychat.cli.config import OPTIONS, RANDOM, shown
 from tinychat.cli.console import printable, shortened
 from tinychat.cli.errors import nearest, sentence
 from tinychat.cli.filing import Filing
-from tinychat.cli.progress import millions
 from tinychat.cli.inside import Inside
+from tinychat.cli.progress import millions
 from tinychat.cli.voting import Voting
 from tinychat.cli.why import Why
 from tinychat.runtime.errors import ConfigError, TinychatError

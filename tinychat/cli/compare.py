@@ -14,8 +14,8 @@ from rich.text import Text
 
 from tinychat.cli import loading
 from tinychat.cli.console import Screen, print_json, printable
-from tinychat.cli.progress import millions
 from tinychat.cli.loading import Loading, choose
+from tinychat.cli.progress import millions
 from tinychat.data.records import Message
 from tinychat.runtime.checkpoint import CheckpointInfo
 from tinychat.runtime.errors import CheckpointError, ConfigError

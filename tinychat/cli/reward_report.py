@@ -41,7 +41,9 @@ def report(
     by_model, by_bag = judge(held_out, marks), judge(held_out, counted)
     own = [n for n, group in enumerate(held_out) if group.ranked.source == "corpus"]
     ours, theirs = [held_out[n] for n in own], [marks[n] for n in own]
-    judged, baseline = judge(ours, theirs), judge(ours, [counted[n] for n in own])
+    judged, baseline = (
+        [pair for pair in some if pair.source == "corpus"] for some in (by_model, by_bag)
+    )
     deviation = float(model.deviation)
     by_words = bag_scores(model.words.cpu(), ours)
     network = [

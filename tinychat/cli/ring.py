@@ -16,8 +16,8 @@ from tinychat.cli.console import Screen, is_terminal, printable
 from tinychat.cli.keys import Keys, LineKeys, keys_here
 from tinychat.cli.loading import Loading, choose
 from tinychat.cli.tally import told
-from tinychat.cli.voting import TRIES, Answer, Prompt, ask, drawn
 from tinychat.cli.votes import append, check_file, voted, votes_file
+from tinychat.cli.voting import TRIES, Answer, Prompt, ask, drawn
 from tinychat.data.preferences import prompt_key
 from tinychat.data.records import Message
 from tinychat.runtime.checkpoint import CheckpointInfo, file_sha256

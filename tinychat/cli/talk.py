@@ -15,9 +15,9 @@ def talk(now: Settings, *, newest: bool = False, load: str | None = None) -> Non
     """Hold a conversation at the terminal, or with the lines of a pipe."""
     from tinychat.cli.commands import completions
     from tinychat.cli.filing import Keeper, welcome_back
-    from tinychat.cli.progress import millions
     from tinychat.cli.keys import keys_here
     from tinychat.cli.loop import Chat
+    from tinychat.cli.progress import millions
     from tinychat.cli.reading import PipeReader, Reader, TerminalReader, quiet_keyboard
     from tinychat.cli.saved import Journal, SavedChat, chats_folder, find_chat, saved_chats
 

@@ -1,4 +1,4 @@
-"""The embedded corpus: our own dialogues, stories and explanations (CC0-1.0)."""
+"""The embedded corpus: our own dialogues, basics, stories and explanations (CC0-1.0)."""
 
 import hashlib
 from functools import cache
@@ -35,10 +35,11 @@ def dialogues() -> list[Dialogue]:
 
 
 def basics() -> list[Dialogue]:
-    """Return the short conversations that say the same in many words.
+    """Return the basics: short conversations, of two kinds, mixed in an order by hash.
 
-    A small model learns a fact that it meets often, in other words each time (Allen-Zhu and Li
-    2023, "Physics of Language Models", part 3.1). So one that the split holds out asks in words
+    `basics.jsonl` says each thing in many words, `everyday.jsonl` was written one by one. Why many
+    words: a small model learns a fact that it meets often, in other words each time (Allen-Zhu and
+    Li 2023, "Physics of Language Models", part 3.1). So one that the split holds out asks in words
     that were not trained on for something that was.
     """
     return list(_basics())

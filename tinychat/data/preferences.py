@@ -141,7 +141,7 @@ def corpus_flawed() -> list[Ranked]:
 
 
 def _with_rejected(some: Iterable[Dialogue], source: str, *, ordered: bool) -> Iterator[Ranked]:
-    """Yield the conversations with rejected replies; `ordered`, the first of these is the best."""
+    """Yield the conversations with rejected replies, which are ranked as they stand, or alike."""
     for one in some:
         if one.rejected:
             worse = (

@@ -87,9 +87,9 @@ def prepare(
 ) -> dict[str, dict[str, TokenShard]]:
     """Make `OUT/SOURCE.train` and `OUT/SOURCE.validation`; return them as `[split][source]`.
 
-    Only missing shards are made; one of another tokenizer, or a damaged one, raises DataError
-    and stays. `sources` are names of public sources, `stories`, `explanations`, `dialogues`, or
-    paths to your own `.txt` and `.jsonl` files; None takes what the folder holds, and without a
+    Only missing shards are made; one of another tokenizer, or a damaged one, raises DataError and
+    stays. `sources` are names of public sources, `stories`, `explanations`, `dialogues`, `basics`,
+    or paths to your own `.txt` and `.jsonl` files; None takes what the folder holds, and without a
     folder the embedded corpus alone. Documents become `<|bos|>` and their text; `render` turns
     dialogues into tokens (None: the chat template). At most `validation_tokens` a source, to the
     document; a source too small to have validation text has none, one too small to have anything

@@ -4,9 +4,11 @@ Shares say what we would like to read; limits say how often a text may be read b
 reading teaches little. About four passes cost nothing (Muennighoff et al. 2023). We measured the
 same: between 38 and 69 M tokens the two public texts that were read nine times and more got worse
 on their unseen parts, those read up to six times did not (chapters/lab_notes.md). Our own texts say
-who tinychat is, and may be read more often. The basics are there to be known by heart, and knowing
-takes many meetings with a fact: after a hundred a model holds about one bit for each parameter,
-after a thousand two (Allen-Zhu and Li 2024). What a short source can't give, the long ones fill.
+who tinychat is, and may be read more often: dialogues that had been read ten times still gained a
+tenth from being read on (how much of that other texts gave is not known). The basics are there to
+be known by heart, and knowing takes many meetings with a fact: after a hundred a model holds about
+one bit for each parameter, after a thousand two (Allen-Zhu and Li 2024). What a short source can't
+give, the long ones fill.
 """
 
 from collections.abc import Mapping
