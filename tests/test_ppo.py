@@ -880,7 +880,7 @@ def test_a_judge_looks_on_and_is_no_teacher(here):
         [1, rows[0]["score"], rows[0]["kl"], rows[0]["judge"]], abs=1e-3
     )
     assert info.metrics["before"]["judge"] != info.metrics["before"]["score"]
-    assert re.search(r"^ +judge +-?\d", result.stdout, re.MULTILINE)
+    assert re.search(r"^ +the judge's mark, mean +-?\d", result.stdout, re.MULTILINE)
     assert info.lineage["reward_sha256"] == file_sha256("reward.safetensors")
 
 
