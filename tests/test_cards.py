@@ -120,6 +120,22 @@ def test_a_card_of_a_file_that_records_nothing(tmp_path):
     assert "| ours |  | CC0-1.0 | tinychat corpus |" in page
 
 
+def test_a_base_that_went_on_has_read_what_all_its_runs_read(tmp_path):
+    first = {"tokens": 1_000_000, "minutes": 2.25}
+    lineage = {"tokens": 500_000, "minutes": 1.5, "ancestors": [first]}
+    common = {"tokenizer": Tokenizer(tokenizer_model()), "metrics": {}}
+    for stage in ("base", "sft"):
+        path = tmp_path / f"{stage}.safetensors"
+        save_model(path, stirred(SHAPE, 0), stage=stage, lineage=lineage, **common)
+    page = card(tmp_path)
+    assert "int8 | 1,500,000 | 3.8 |" in page and "int8 | 500,000 | 1.5 |" in page
+    del first["tokens"]
+    save_model(
+        tmp_path / "base.safetensors", stirred(SHAPE, 0), stage="base", lineage=lineage, **common
+    )
+    assert "int8 | not recorded | 3.8 |" in card(tmp_path)
+
+
 def test_weights_owe_what_the_models_before_them_read():
     base = {"data": {"books": {"licence": "CC-BY-4.0"}, "unread": {"passes": 0}}}
     sft = {"data": {"talk": {"licence": "CC0-1.0"}}, "ancestors": [base]}

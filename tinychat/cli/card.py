@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,16 @@ def card(folder: Path) -> str:
         "`tinychat info NAME --json` shows all of it. Very small models, trained by this "
         "repository's code from random weights: they make things up and are often wrong.",
         "",
-        "| file | stage | parameters | size | tokens read (rlhf: drawn) | minutes | hardware |",
+        "| file | stage | parameters | size | tokens read (base: in all; rlhf: drawn) | minutes "
+        "| hardware |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for info in infos:
         lineage = info.lineage
         place = machine(lineage.get("hardware", {}))
-        tokens, minutes = lineage.get("tokens"), lineage.get("minutes")
+        # Before a base there are only other bases: what it has read is what all of them have.
+        runs = list(descent(lineage)) if info.stage == "base" else [lineage]
+        tokens, minutes = _total(runs, "tokens"), _total(runs, "minutes")
         lines.append(
             f"| {info.path.name} | {info.stage} | {info.parameters:,} | {size(info.bytes)}, "
             f"{info.dtype} | {'not recorded' if tokens is None else f'{tokens:,}'} | "
@@ -61,6 +64,12 @@ def card(folder: Path) -> str:
         "judge for yourself.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _total(runs: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The sum over the runs; None where one of them does not tell."""
+    found = [run[key] for run in runs if run.get(key) is not None]
+    return round(sum(found), 1) if len(found) == len(runs) else None
 
 
 def readings_before(lineage: Mapping[str, Any]) -> list[str]:
