@@ -117,8 +117,13 @@ def test_the_tokens_are_equal(theirs, text):
     assert theirs(text, split_special_tokens=True).input_ids == [OURS.bos_id, *expected]
 
 
+# Half a surrogate pair is no text to `tokenizers`, which refuses it; ours takes it as unknown.
 @settings(max_examples=150, deadline=None)
-@given(text=st.text(alphabet=st.one_of(st.sampled_from("aeht n\n▁.1é日-<|>"), st.characters())))
+@given(
+    text=st.text(
+        alphabet=st.one_of(st.sampled_from("aeht n\n▁.1é日-<|>"), st.characters(codec="utf-8"))
+    )
+)
 def test_the_tokens_of_any_text_are_equal(theirs, text):
     given = {"add_special_tokens": False, "split_special_tokens": True}
     assert theirs(text, **given).input_ids == OURS.encode(text)
