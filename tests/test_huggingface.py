@@ -117,7 +117,7 @@ def test_the_tokens_are_equal(theirs, text):
     assert theirs(text, split_special_tokens=True).input_ids == [OURS.bos_id, *expected]
 
 
-# Half a surrogate pair is no text to `tokenizers`, which refuses it; ours takes it as unknown.
+# Half a surrogate pair is no text to `tokenizers`, which refuses it; ours reads it as U+FFFD.
 @settings(max_examples=150, deadline=None)
 @given(
     text=st.text(
